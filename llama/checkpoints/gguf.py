@@ -1,0 +1,242 @@
+"""GGUF, llama.cpp's format: weights (often quantised), configuration, tokenizer and chat template in one file.
+
+What differs from Hugging Face's layout: names; the rows of q and k, which stand in interleaved pairs; Llama 3.1's
+RoPE, which is stored as the divisors it comes to.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from ..reference.rope import deinterleave
+
+# GGUF tensor -> Hugging Face tensor; blk.N -> model.layers.N
+GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_DIVISORS = "rope_freqs.weight"
+
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+class GGUFFile:
+    """A `Checkpoint` in a `.gguf` file. Tensors are dequantised to float32 as they are read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+            self._fields = {name: field for name, field in reader.fields.items()}
+            self._tensors = {hugging_face_name(t.name): t for t in reader.tensors}
+        except Exception as error:  # on damaged bytes the library raises whatever it trips over
+            raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it anew") from error
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise ValueError(f"{path} holds a model of architecture {architecture!r}; only 'llama' can be read")
+
+    def _field(self, name: str, default: Any = None) -> Any:
+        if name not in self._fields:
+            return default
+        try:
+            return self._fields[name].contents()
+        except Exception as error:
+            raise ValueError(f"{self.path} is damaged: its field {name} cannot be read ({error})") from error
+
+    def _number(self, name: str, default: Any = None) -> Any:
+        """A required or defaulted number under "llama."; float32 as the short decimal that was meant (1e-05)."""
+        value = self._field(f"llama.{name}", default)
+        if value is None:
+            raise ValueError(f"{self.path} lacks the field llama.{name}")
+        if isinstance(value, list):
+            raise ValueError(f"{self.path}: llama.{name} differs by layer, which no LLaMA does")
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        heads, hidden_size = self._number("attention.head_count"), self._number("embedding_length")
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise ValueError(f"{self.path} lacks the tensor token_embd.weight")
+        theta, scaling = self._number("rope.freq_base", 10000.0), self._rope_scaling()
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": int(self._tensors["model.embed_tokens.weight"].shape[1]),
+            "hidden_size": hidden_size,
+            "intermediate_size": self._number("feed_forward_length"),
+            "num_hidden_layers": self._number("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "head_dim": self._number("attention.key_length", hidden_size // max(heads, 1)),
+            "hidden_act": "silu",
+            "max_position_embeddings": self._number("context_length"),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._tensors,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
+            # transformers 4 reads the first two, transformers 5 the third
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
+        }
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        if ROPE_DIVISORS in self._tensors:
+            # Llama 3.1's scaling, worked out to one divisor per frequency: exactly what longrope's lists are
+            divisors = [float(x) for x in self.read(ROPE_DIVISORS)]
+            return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
+                    "short_factor": divisors, "long_factor": divisors}  # fmt: skip
+        kind = self._field("llama.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        scaling = {"rope_type": kind, "factor": self._number("rope.scaling.factor")}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = self._number("rope.scaling.original_context_length")
+        elif kind != "linear":
+            raise ValueError(f"{self.path}: llama.rope.scaling.type {kind!r} is unknown; known are none, linear, yarn")
+        return scaling
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self._tensors if name != ROPE_DIVISORS]
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise ValueError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be dequantised") from error
+        for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if f".{projection}." in name:
+                data = deinterleave(data, self.config[heads])
+        return data
+
+    def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
+        kind = self._field("tokenizer.ggml.model")
+        tokens, types = self._field("tokenizer.ggml.tokens"), self._field("tokenizer.ggml.token_type")
+        if not tokens or not types or len(tokens) != len(types):
+            raise ValueError(f"{self.path} holds no complete tokenizer (tokenizer.ggml.tokens and token_type)")
+        if kind == "gpt2":
+            merges = self._field("tokenizer.ggml.merges", [])
+            tokenizer = byte_level_bpe(tokens, merges, self._field("tokenizer.ggml.pre", "default"))
+        elif kind == "llama":
+            scores = self._field("tokenizer.ggml.scores", [])
+            tokenizer = sentencepiece_bpe(tokens, scores, self._field("tokenizer.ggml.add_space_prefix", True))
+        else:
+            raise ValueError(f"{self.path}: tokenizer.ggml.model {kind!r} is unknown; known are 'gpt2' and 'llama'")
+        tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True)
+                                      for t, type_ in zip(tokens, types, strict=True) if type_ == CONTROL])  # fmt: skip
+        tokenizer.add_tokens([AddedToken(t, normalized=False)
+                              for t, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED])  # fmt: skip
+
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                                  "model_max_length": self._number("context_length")}  # fmt: skip
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            number = self._field(f"tokenizer.ggml.{key}_token_id")
+            if number is not None and 0 <= number < len(tokens):
+                config[f"{name}_token"] = tokens[number]
+        if template := self._field("tokenizer.chat_template"):
+            config["chat_template"] = template
+        before = self._field("tokenizer.ggml.add_bos_token", kind == "llama") and config.get("bos_token")
+        after = self._field("tokenizer.ggml.add_eos_token", False) and config.get("eos_token")
+        if before or after:
+            config |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+            framed = " ".join(filter(None, (before, "$A", after))), " ".join(filter(None, (before, "$B:1", after)))
+            special = [(token, tokenizer.token_to_id(token)) for token in (before, after) if token]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=framed[0], pair=" ".join(framed), special_tokens=special
+            )
+        return tokenizer, config
+
+
+def hugging_face_name(name: str) -> str:
+    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; unknown names stay as they are."""
+    if name in GLOBAL_NAMES:
+        return GLOBAL_NAMES[name]
+    match name.split("."):
+        case ["blk", number, part, kind] if part in BLOCK_NAMES:
+            return f"model.layers.{number}.{BLOCK_NAMES[part]}.{kind}"
+    return name
+
+
+# How text is cut before byte-pair encoding, by `tokenizer.ggml.pre`.
+LLAMA3_WORDS = (  # Meta's llama-models, tokenizer.py
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
+    """GPT-2's kind of tokenizer, which Llama 3 and SmolLM use: pairs merged in the order of `merges`."""
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(f"tokenizer.ggml.pre {pre!r} is unknown; known are {', '.join(PRE_TOKENIZERS)}")
+    vocab = {token: number for number, token in enumerate(tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # the library raises plain Exception for merges outside the vocabulary
+        raise ValueError(f"the tokenizer's merges do not fit its tokens: {error}") from error
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_bpe(pieces: list[str], scores: list[float], add_space_prefix: bool) -> Tokenizer:
+    """SentencePiece's kind of tokenizer, which Llama 1 and 2 use: of all pairs that make a piece, the one with the
+    best score merges first, the leftmost among equals; what no piece covers is spelt in bytes."""
+    if len(scores) != len(pieces):
+        raise ValueError(f"the tokenizer has {len(pieces)} tokens and {len(scores)} scores")
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    pairs = [
+        (-scores[number], left, right)
+        for piece, number in vocab.items()
+        for cut in range(1, len(piece))
+        if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
+    ]
+    pairs.sort(key=lambda pair: (pair[0], vocab[pair[1]], vocab[pair[2]]))
+    unk = pieces[0]
+    merges = [(left, right) for _, left, right in pairs]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if add_space_prefix else replace
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * add_space_prefix
+    )
+    return tokenizer

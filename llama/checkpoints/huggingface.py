@@ -1,0 +1,156 @@
+"""Folders in Hugging Face's layout: config.json, safetensors (one file or shards with an index), tokenizer files."""
+
+import json
+import mmap
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from ..progress import progress
+
+if TYPE_CHECKING:
+    from . import Checkpoint
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+class HuggingFaceFolder:
+    """A `Checkpoint` in a folder. Nothing is read before it is asked for; tensors are mapped, not copied."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json", hint="a model folder holds its configuration there")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        path = self.path / "generation_config.json"
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    @cached_property
+    def _files(self) -> dict[str, "SafetensorsFile"]:
+        """Which file holds which tensor."""
+        if (self.path / WEIGHTS).exists():
+            file = SafetensorsFile(self.path / WEIGHTS)
+            return dict.fromkeys(file.header, file)
+        index = self.path / INDEX
+        if not index.exists():
+            raise FileNotFoundError(f"{self.path} holds neither {WEIGHTS} nor {INDEX}: there are no weights to read")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        shards = {}
+        for shard in sorted(set(weight_map.values())):
+            if Path(shard).name != shard or shard in ("", ".", ".."):
+                raise ValueError(f"{index} points to {shard!r}, outside its own folder; only plain file names can be read")
+            shards[shard] = SafetensorsFile(self.path / shard)
+        for name, shard in weight_map.items():
+            if name not in shards[shard].header:
+                raise ValueError(f"{index} looks for {name} in {shard}, which does not hold it; fetch both anew")
+        return {name: shards[shard] for name, shard in weight_map.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].read(name)
+
+    def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
+        path = self.path / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: the tokenizer is read from there")
+        settings = self.path / "tokenizer_config.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+        config = read_json(settings) if settings.exists() else {}
+        template = self.path / "chat_template.jinja"  # where transformers 5 puts it
+        if template.exists():
+            config = config | {"chat_template": template.read_text(encoding="utf-8")}
+        return tokenizer, config
+
+
+class SafetensorsFile:
+    """One safetensors file, memory-mapped. The library checks it, so every offset is known to be good."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it anew") from error
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self.header: dict[str, Any] = json.loads(file.read(length))
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.header.pop("__metadata__", None)
+        self._start = 8 + length
+
+    def read(self, name: str) -> np.ndarray:
+        entry = self.header[name]
+        if entry["dtype"] not in DTYPES:
+            known = "F64, F32, F16 and BF16"
+            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}; readable are {known}")
+        begin, end = entry["data_offsets"]
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        raw = np.frombuffer(self._data, dtype, (end - begin) // dtype.itemsize, self._start + begin)
+        raw = raw.reshape(entry["shape"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw
+
+
+def save_folder(checkpoint: "Checkpoint", out: Path) -> None:
+    """Write any checkpoint as a folder that transformers 4 and 5 read, tensors in float32.
+
+    The folder appears whole or not at all: it is written beside as `<out>.partial` and renamed.
+    """
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tokenizer, tokenizer_config = checkpoint.tokenizer()
+        tokenizer.save(str(partial / "tokenizer.json"))
+        write_json(partial / "tokenizer_config.json", tokenizer_config)
+        write_json(partial / "config.json", checkpoint.config | {"torch_dtype": "float32"})
+        write_json(partial / "generation_config.json", checkpoint.generation_config)
+        tensors = {n: checkpoint.read(n).astype(np.float32, copy=False)
+                   for n in progress(checkpoint.names, "converting", "tensors")}  # fmt: skip
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file; errors name the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist" + (f"; {hint}" if hint else ""))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; it should hold an object")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """`data` as transformers writes it: sorted, indented, a newline at the end."""
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

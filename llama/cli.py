@@ -1,0 +1,142 @@
+"""The command line: `llama fetch`, `llama generate`, `llama chat`."""
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .session import Session
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="llama-triton", prog_name="llama")
+def cli() -> None:
+    """LLaMA models: fetch them, ask them, talk to them.
+
+    MODEL is everywhere a folder in Hugging Face's layout, a .gguf file, or the alias smollm2, which downloads 93 MB
+    of real weights (SmolLM2-135M-Instruct, Apache-2.0) the first time.
+    """
+
+
+def model_options(command: Any) -> Any:
+    """The options that `generate` and `chat` share."""
+    for option in (
+        click.option("--seed", type=click.IntRange(0), help="Draw the same tokens every time."),
+        click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 avoids what was said."),
+        click.option("--min-p", default=0.0, show_default=True, help="Drop tokens this much less likely than the best."),
+        click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens up to this mass."),
+        click.option("--top-k", type=int, help="Draw from so many likeliest tokens."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token, above 0 draws."),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Stop after so many."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "reference", "torch"]),
+            default="auto",
+            show_default=True,
+            help="What computes. auto is reference for now.",
+        ),
+        click.option("--model", "-m", default="smollm2", show_default=True, metavar="MODEL", help="The model to use."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("alias")
+def fetch(alias: str) -> None:
+    """Download and convert the model ALIAS (smollm2) once; print the folder it lies in."""
+    from .checkpoints import fetch
+
+    click.echo(fetch(alias))
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
+@click.option("--system", help="A system message before the prompt.")
+@model_options
+def generate(prompt: str, raw: bool, system: str | None, **options: Any) -> None:
+    """Answer PROMPT ("-" reads standard input), printing the words as they come.
+
+    A model with a chat template is asked as its user would; a model without one continues the text.
+    """
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template; leave --raw out")
+    session = open_session(**options)
+    if raw or not session.tokenizer.chat_template:
+        if system is not None:
+            raise click.UsageError("--system needs a chat template, and this model has none")
+        ids = session.tokenizer.encode(prompt)
+    else:
+        ids = session.render([*system_message(system), {"role": "user", "content": prompt}])
+    for piece in session.answer(ids):
+        click.echo(piece, nl=False)
+    click.echo()
+    click.echo(session.report(), err=True)
+
+
+@cli.command()
+@click.option("--system", help="A system message that opens the conversation.")
+@model_options
+def chat(system: str | None, **options: Any) -> None:
+    """Talk with a model. /exit or the end of input leaves, Ctrl-C stops an answer."""
+    session = open_session(**options)
+    if not session.tokenizer.chat_template:
+        raise click.UsageError(f"{options['model']} has no chat template; use llama generate")
+    messages = system_message(system)
+    if sys.stdin.isatty():
+        click.echo("/exit or Ctrl-D leaves, Ctrl-C stops an answer.", err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            click.echo("\n/exit or Ctrl-D leaves.", err=True)
+            continue
+        if line == "/exit":
+            break
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        pieces: list[str] = []
+        try:
+            for piece in session.answer(session.render(messages)):
+                pieces.append(piece)
+                click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            click.echo(" ...", nl=False)
+        click.echo()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+    if sys.stdin.isatty():
+        click.echo()
+
+
+def system_message(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def open_session(model: str, backend: str, max_new_tokens: int, **sampling: Any) -> "Session":
+    from .reference import Sampler
+    from .session import Session
+
+    if sampling["temperature"] == 0:
+        idle = [n for n, neutral in (("top_k", None), ("top_p", 1.0), ("min_p", 0.0)) if sampling[n] != neutral]
+        if idle:
+            raise click.UsageError(f"--{idle[0].replace('_', '-')} needs --temperature above 0: 0 draws nothing")
+    return Session(model, backend, max_new_tokens, Sampler(**sampling))
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend become a sentence and exit code 1 (usage: 2)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    warnings.showwarning = lambda message, *_: click.echo(f"llama: {message}", err=True)
+    try:
+        cli()
+    except (ValueError, OSError, MemoryError) as error:
+        click.echo(f"llama: {error or type(error).__name__}", err=True)
+        sys.exit(1)

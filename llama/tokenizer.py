@@ -1,0 +1,163 @@
+"""Text to ids and back."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from .checkpoints import open_checkpoint
+from .checkpoints.huggingface import write_json
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class LlamaTokenizerFast:
+    """A tokenizer read from a tokenizer.json, which is obeyed as it is written, or from a GGUF file.
+
+    Args:
+        tokenizer: the library's tokenizer object.
+        config: the contents of tokenizer_config.json: special tokens, chat template and the like.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any] | None = None):
+        self._tokenizer = tokenizer
+        self._config = dict(config or {})
+        for name in SPECIAL_TOKENS:
+            token = self._config.get(name)  # a string, or an object that says more of the same token
+            setattr(self, name, token.get("content") if isinstance(token, dict) else token)
+        self.chat_template = self._config.get("chat_template")
+
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+
+    @classmethod
+    def from_pretrained(cls, where: str | os.PathLike[str]) -> "LlamaTokenizerFast":
+        """The tokenizer of the model at `where`: a folder, a `.gguf` file, or the alias "smollm2".
+
+        Raises:
+            ValueError, OSError: there is none, or it is damaged; the message names the file.
+        """
+        return cls(*open_checkpoint(where).tokenizer())
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json into `folder`, as transformers reads them."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(path / "tokenizer.json"))
+        write_json(path / "tokenizer_config.json", self._config)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id_of(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id_of(self.eos_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._id_of(self.unk_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id_of(self.pad_token)
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`, with those that the tokenizer puts before and after it unless told otherwise."""
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, got {type(text).__name__}")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`. Bytes that make no character become U+FFFD."""
+        numbers = [ids] if isinstance(ids, int) else [int(i) for i in ids]
+        if wrong := [i for i in numbers if not 0 <= i < len(self)]:
+            raise ValueError(f"ids must lie in 0 ... {len(self) - 1}, got {wrong[0]}")
+        return self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict[str, Any]],
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **template_variables: Any,
+    ) -> str | list[int]:
+        """A conversation, [{"role": "user", "content": "..."}, ...], as the text (or ids) this model was trained on.
+
+        The template comes with the checkpoint, so it runs in jinja2's immutable sandbox. It writes its own special
+        tokens; none is added when it is tokenized.
+
+        Args:
+            add_generation_prompt: end with the words that open the assistant's answer.
+            template_variables: more names for the template to see.
+
+        Raises:
+            ValueError: the tokenizer has no template, or the template refuses or fails.
+        """
+        if not self.chat_template:
+            raise ValueError("this tokenizer has no chat template; encode plain text instead")
+        names = {name: getattr(self, name) or "" for name in SPECIAL_TOKENS}
+        try:
+            text = _environment().from_string(self.chat_template).render(
+                messages=conversation, add_generation_prompt=add_generation_prompt, **(names | template_variables)
+            )  # fmt: skip
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"the chat template fails on this conversation: {error}") from error
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """jinja2 as transformers sets it up for chat templates."""
+
+    def raise_exception(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+class TextStream:
+    """Ids in, text out, as early as possible and never half a character.
+
+    A token may hold a part of a character's bytes, or a space that only its neighbours bring out. So a few ids back to
+    the last safe place are decoded together each time, and what is new in their text is given once it is whole. All
+    pieces together are `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizerFast, skip_special_tokens: bool = True):
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        self._ids: list[int] = []  # those since the last safe place; the first `_told` of them have been given
+        self._told = 0
+
+    def put(self, token: int) -> str:
+        """The text that `token` completes, often its own, sometimes "" or more."""
+        self._ids.append(int(token))
+        told, text = self._decode(self._ids[: self._told]), self._decode(self._ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(told):
+            return ""
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return text[len(told) :]
+
+    def end(self) -> str:
+        """What is left at the end of the text: a character that was never finished shows as U+FFFD."""
+        rest = self._decode(self._ids)[len(self._decode(self._ids[: self._told])) :]
+        self._ids, self._told = [], 0
+        return rest

@@ -1,0 +1,95 @@
+"""LLaMA in NumPy: what the model means, written to be read.
+
+Read it in this order, an hour in all:
+
+    norm          RMSNorm
+    rope          rotary position embedding, all six types
+    attention     who sees whom; grouped-query attention
+    feed_forward  the gated MLP and its activations
+    model         the block, the stack, the heads: a whole LLaMA
+    cache         why a new token costs one token
+    generation    writing, with `sampling` to choose the words
+    loss          and `gradients`, the backward passes
+    flash         attention once more, block by block: the bridge to the kernels
+
+One alphabet throughout, in shape annotations (which the tests execute), comments and kernels. Sizes are capitals:
+
+    B batch           T new tokens (queries)    S all tokens seen (keys)
+    H query heads     K key/value heads         G = H / K, the query heads of a group
+    D head_dim        E hidden_size             F intermediate_size         V vocab_size
+
+Everything is a pure function of arrays; weights are arguments. It computes in the type it is given: float32 to run,
+float64 to judge others by.
+"""
+
+from .attention import attention, attention_weights, causal_visibility, decode_attention, softmax
+from .cache import KVCache
+from .config import Config
+from .feed_forward import ACTIVATIONS, feed_forward, linear, silu, swiglu
+from .flash import flash_attention
+from .generation import generate, stream
+from .gradients import (
+    apply_rope_backward,
+    attention_backward,
+    cross_entropy_backward,
+    rms_norm_backward,
+    swiglu_backward,
+)
+from .loading import load
+from .loss import causal_lm_loss, cross_entropy, linear_cross_entropy
+from .model import Output, block, classify, decoder, forward, lm_head, parameter_shapes
+from .norm import add_rms_norm, rms_norm
+from .rope import (
+    apply_rope,
+    apply_rope_interleaved,
+    deinterleave,
+    interleave,
+    rope_frequencies,
+    rope_tables,
+    rotate_half,
+)
+from .sampling import Sampler
+
+__all__ = [
+    "ACTIVATIONS",
+    "Config",
+    "KVCache",
+    "Output",
+    "Sampler",
+    "add_rms_norm",
+    "apply_rope",
+    "apply_rope_backward",
+    "apply_rope_interleaved",
+    "attention",
+    "attention_backward",
+    "attention_weights",
+    "block",
+    "causal_lm_loss",
+    "causal_visibility",
+    "classify",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "decode_attention",
+    "decoder",
+    "deinterleave",
+    "feed_forward",
+    "flash_attention",
+    "forward",
+    "generate",
+    "interleave",
+    "linear",
+    "linear_cross_entropy",
+    "lm_head",
+    "load",
+    "parameter_shapes",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope_frequencies",
+    "rope_tables",
+    "rotate_half",
+    "silu",
+    "softmax",
+    "stream",
+    "swiglu",
+    "swiglu_backward",
+]

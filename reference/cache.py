@@ -1,0 +1,58 @@
+"""The key/value cache: what makes a new token cost one token."""
+
+import numpy as np
+from jaxtyping import Float
+
+
+class KVCache:
+    """Keys (already rotated) and values of every token so far, for every layer.
+
+    Past tokens never change: causality keeps later tokens out of them. So their keys and values are kept, and a new
+    token is computed alone against them.
+
+    The arrays are longer than what fills them and double when full, so appending copies the past seldom, not at every
+    token. `forward` fills the cache it is given in place.
+    """
+
+    def __init__(self, num_hidden_layers: int):
+        self.length = 0  # tokens in every layer
+        self._layers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * num_hidden_layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the batch, None before the first token."""
+        return None if self._layers[0] is None else self._layers[0][0].shape[0]
+
+    def append(
+        self, layer: int, k: Float[np.ndarray, "B K T D"], v: Float[np.ndarray, "B K T D"]
+    ) -> tuple[Float[np.ndarray, "B K S D"], Float[np.ndarray, "B K S D"]]:
+        """Write T new tokens behind the `length` known ones; views of all S = length + T are returned.
+
+        `length` itself moves in `advance`, when every layer has been written: a pass that breaks off leaves no trace.
+        """
+        B, K, T, D = k.shape
+        end = self.length + T
+        held = self._layers[layer]
+        if held is None or held[0].shape[2] < end:
+            grown = [np.empty((B, K, max(2 * self.length, end, 64), D), k.dtype) for _ in "kv"]
+            if held is not None:
+                for new, old in zip(grown, held, strict=True):
+                    new[:, :, : self.length] = old[:, :, : self.length]
+            held = self._layers[layer] = (grown[0], grown[1])
+        keys, values = held
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more tokens as known."""
+        self.length += tokens
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from place `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
+        self.length = length

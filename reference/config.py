@@ -1,0 +1,208 @@
+"""The numbers that make a LLaMA, and what they must satisfy."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .feed_forward import ACTIVATIONS
+
+# Keys of `rope_parameters` by RoPE type: (must be there, may be there); `rope_theta` may always be. The lists for
+# longrope hold one factor for each of the head_dim / 2 frequencies.
+ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # documented, read by nobody: transformers ignores it
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
+    ),
+    "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor", "original_max_position_embeddings"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """transformers' `LlamaConfig`, field by field: same names, same defaults (those of LLaMA 7B).
+
+    `num_key_value_heads` and `head_dim` left out become `num_attention_heads` and
+    `hidden_size // num_attention_heads`. `rope_parameters` is transformers 5's spelling; `from_dict` also takes
+    4.x's `rope_theta` and `rope_scaling`. A value that cannot work raises a `ValueError` that names its field.
+
+    The fields from `initializer_range` to `pretraining_tp` shape training or exact reproduction of it; they are
+    checked, kept and do not change what `forward` computes.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below, never None afterwards
+    head_dim: int = None  # type: ignore[assignment]  # the same
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # the same
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+    num_labels: int = 2
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    use_cache: bool = True
+    pretraining_tp: int = 1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings", "num_labels", "pretraining_tp"):  # fmt: skip
+            _check_positive_int(name, getattr(self, name))
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
+                    f"({self.num_attention_heads}), or head_dim must be given"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _check_positive_int("num_key_value_heads", self.num_key_value_heads)
+        _check_positive_int("head_dim", self.head_dim)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, since RoPE rotates pairs; got {self.head_dim}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
+                f"({self.num_key_value_heads}): every key/value head serves an equal group of query heads"
+            )
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; known are {', '.join(sorted(ACTIVATIONS))}")
+        _check_number("rms_norm_eps", self.rms_norm_eps, low=0)
+        _check_number("initializer_range", self.initializer_range, low=0, high=1)
+        _check_number("attention_dropout", self.attention_dropout, low=0, high=1)
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if not all(i is None or _is_int(i) for i in ids):
+                raise ValueError(f"{name} must be a token id or null, got {value!r}")
+        object.__setattr__(self, "rope_parameters", self._checked_rope(self.rope_parameters))
+
+    def _checked_rope(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        """`given` in its full form, type and defaults filled in; a `ValueError` where it cannot work."""
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"rope_parameters must be a dictionary, got {given!r}")
+        rope = {key: value for key, value in (given or {}).items() if value is not None}
+        legacy_kind = rope.pop("type", "default")
+        kind = rope.pop("rope_type", legacy_kind)
+        if not isinstance(kind, str) or kind not in ROPE_KEYS:
+            raise ValueError(f"rope_type {kind!r} is unknown; known are {', '.join(ROPE_KEYS)}")
+        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor must be 1.0: LLaMA rotates the whole head")
+        rope.setdefault("rope_theta", 10000.0)
+
+        if kind in ("yarn", "longrope", "llama3"):
+            original = rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+            _check_positive_int("rope_parameters['original_max_position_embeddings']", original)
+            if kind != "llama3" and original != self.max_position_embeddings:
+                rope.setdefault("factor", self.max_position_embeddings / original)
+        required, optional = ROPE_KEYS[kind]
+        if missing := required - rope.keys():
+            raise ValueError(f"rope_parameters of type {kind!r} lack {', '.join(sorted(missing))}")
+        known = required | optional | {"rope_theta"}
+        if unknown := rope.keys() - known:
+            raise ValueError(
+                f"rope_parameters of type {kind!r} do not know {', '.join(sorted(unknown))}; "
+                f"known are {', '.join(sorted(known))}"
+            )
+
+        for key, value in rope.items():
+            name = f"rope_parameters[{key!r}]"
+            if key in ("short_factor", "long_factor"):
+                if not isinstance(value, list) or len(value) != self.head_dim // 2:
+                    length = f"{len(value)} of them" if isinstance(value, list) else repr(value)
+                    raise ValueError(f"{name} must list head_dim / 2 = {self.head_dim // 2} numbers, got {length}")
+                for number in value:
+                    _check_number(f"each number of {name}", number, above=0)
+            elif key == "truncate":
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be true or false, got {value!r}")
+            elif key == "original_max_position_embeddings":
+                _check_positive_int(name, value)
+            elif key == "rope_theta":
+                _check_number(name, value, above=1)
+            elif key == "factor" and kind != "longrope":
+                _check_number(name, value, low=1)
+            elif key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                _check_number(name, value, low=0)
+            else:
+                _check_number(name, value, above=0)
+        if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError(
+                f"rope_parameters['low_freq_factor'] ({rope['low_freq_factor']}) must be below "
+                f"['high_freq_factor'] ({rope['high_freq_factor']})"
+            )
+        return {"rope_type": kind} | rope
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Config":
+        """A Config from the contents of a config.json, as transformers 4.x or 5.x writes it.
+
+        Keys that say nothing about the computation (`architectures`, `torch_dtype` ...) are passed over, so a file
+        with more in it loads. Both spellings of RoPE are read: `rope_theta` and `rope_scaling` (`type` or
+        `rope_type`), or `rope_parameters`; given both, `rope_scaling` wins, as in transformers.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"a configuration must be a dictionary, got {type(data).__name__}")
+        if data.get("model_type", "llama") != "llama":
+            raise ValueError(f"model_type is {data['model_type']!r}; only 'llama' models can be read")
+        rope = data.get("rope_scaling") or data.get("rope_parameters")
+        if rope is not None and not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling must be a dictionary, got {rope!r}")
+        rope = dict(rope or {})
+        if data.get("rope_theta") is not None:
+            rope.setdefault("rope_theta", data["rope_theta"])
+        if data.get("partial_rotary_factor") is not None:
+            rope.setdefault("partial_rotary_factor", data["partial_rotary_factor"])
+        scaled = rope.get("rope_type", rope.get("type")) in ("yarn", "longrope", "llama3")
+        if scaled and data.get("original_max_position_embeddings") is not None:
+            rope["original_max_position_embeddings"] = data["original_max_position_embeddings"]
+
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        if isinstance(data.get("id2label"), dict):
+            values["num_labels"] = len(data["id2label"])
+        for name in ("pretraining_tp", "attention_dropout"):  # transformers allows null for "as by default"
+            if values.get(name, 0) is None:
+                del values[name]
+        return cls(**(values | {"rope_parameters": rope}))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_number(name: str, value: Any, low=-math.inf, high=math.inf, above=-math.inf) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if not number or not low <= value <= high or not value > above:
+        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
+        bounds += [f"at most {high:g}"] * (high < math.inf)
+        raise ValueError(f"{name} must be a number {' and '.join(bounds)}, got {value!r}")

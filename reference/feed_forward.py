@@ -1,0 +1,82 @@
+"""The feed-forward half of a block: a gated multi-layer perceptron (SwiGLU)."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+Array = Float[np.ndarray, "..."]
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x). Where e^-x overflows to infinity the quotient is 0, which is right."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Array) -> Array:
+    """x · sigmoid(x), also called swish                        (Elfwing et al. 2017; Hendrycks & Gimpel 2016)"""
+    return x * sigmoid(x)
+
+
+def gelu(x: Array) -> Array:
+    """x · Φ(x), Φ the normal distribution function             (Hendrycks & Gimpel 2016)"""
+    erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has none of its own
+    return 0.5 * x * (1 + erf(x * 2**-0.5).astype(x.dtype))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU by tanh                                             (Hendrycks & Gimpel 2016, §2)"""
+    return 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def mish(x: Array) -> Array:
+    """x · tanh(ln(1 + e^x))                                    (Misra 2019)"""
+    return x * np.tanh(np.logaddexp(0, x))
+
+
+# `hidden_act`, by the names transformers gives. Meta's models all say silu.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": silu,
+    "swish": silu,
+    "gelu": gelu,
+    "gelu_python": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_accurate": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_10": lambda x: np.clip(gelu(x), -10, 10),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "mish": mish,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.square(np.maximum(x, 0)),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "sigmoid": sigmoid,
+    "tanh": np.tanh,
+    "linear": lambda x: x,
+}
+
+
+def swiglu(gate: Float[np.ndarray, "*batch F"], up: Float[np.ndarray, "*batch F"]) -> Float[np.ndarray, "*batch F"]:
+    """silu(gate) · up: one projection decides how much of the other passes    (Shazeer 2020, eq. 6)"""
+    return silu(gate) * up
+
+
+def feed_forward(x: Float[np.ndarray, "*batch E"], params: dict, prefix: str, hidden_act: str) -> Float[np.ndarray, "*batch E"]:
+    """W_down (act(W_gate x) · (W_up x)); `prefix` is e.g. "model.layers.0.mlp"."""
+    gate, up = linear(x, params, f"{prefix}.gate_proj"), linear(x, params, f"{prefix}.up_proj")
+    hidden = swiglu(gate, up) if ACTIVATIONS[hidden_act] is silu else ACTIVATIONS[hidden_act](gate) * up
+    return linear(hidden, params, f"{prefix}.down_proj")
+
+
+def linear(x: Float[np.ndarray, "*batch I"], params: dict, name: str) -> Float[np.ndarray, "*batch O"]:
+    """W x (+ b). Checkpoints store W as (out, in), so every row of x meets every row of W."""
+    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+    y = x.reshape(-1, x.shape[-1]) @ weight.T  # all tokens of the batch in one product: W is read once
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], -1)

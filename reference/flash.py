@@ -1,0 +1,71 @@
+"""Flash attention: the same attention, without ever holding a row of scores. The bridge to the kernel."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def flash_attention(
+    q: Float[np.ndarray, "B H T D"],
+    k: Float[np.ndarray, "B K S D"],
+    v: Float[np.ndarray, "B K S D"],
+    causal: bool = True,
+    starts: Int[np.ndarray, "B"] | None = None,
+    lengths: Int[np.ndarray, "B"] | None = None,
+    offset: int | None = None,
+    return_lse: bool = False,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> Float[np.ndarray, "B H T D"] | tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B H T"]]:
+    """`attention`, block of keys by block of keys                     (Milakov & Gimelshein 2018; Dao et al. 2022, alg. 1)
+
+    A softmax over keys that arrive in pieces needs only three things per query: the largest score so far m, the sum
+    of exponentials so far l, and the weighted sum of values so far. When a block raises the maximum from m to m',
+    what was summed before is worth exp(m - m') of what it was:
+
+        l' = exp(m - m') l + Σ exp(s - m')          acc' = exp(m - m') acc + Σ exp(s - m') v
+
+    and acc / l at the end is the output. Nothing of size T × S exists at any time.
+
+    Args:
+        causal: query t, standing at place `offset` + t, sees the keys up to its own place; else it sees all.
+        starts, lengths: row b's keys are those at starts[b] <= s < lengths[b] (default: all S): left padding is a
+            start above 0, right padding a length below S.
+        offset: the place of query 0 among the keys (default S - T: the queries are the last T tokens).
+        return_lse: also return m + ln l, the log of each query's sum of exponentials (-∞ where it sees nothing),
+            with which outputs over different keys can be combined and the backward pass finds its softmax again.
+        block_q, block_k: queries and keys held at a time; they change the speed and nothing else.
+    """
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    G = H // K
+    starts = np.zeros(B, int) if starts is None else starts
+    lengths = np.full(B, S) if lengths is None else lengths
+    offset = S - T if offset is None else offset
+    out = np.zeros_like(q)
+    lse = np.full((B, H, T), -np.inf, q.dtype)
+
+    for b in range(B):
+        for h in range(H):
+            for t0 in range(0, T, block_q):
+                t1 = min(t0 + block_q, T)
+                place = offset + np.arange(t0, t1)[:, None]  # (block_q, 1)
+                m = np.full((t1 - t0, 1), -np.inf, q.dtype)
+                l = np.zeros((t1 - t0, 1), q.dtype)  # noqa: E741  (the paper's letter)
+                acc = np.zeros((t1 - t0, D), q.dtype)
+                first = int(starts[b])
+                last = min(int(lengths[b]), offset + t1) if causal else int(lengths[b])  # later keys: seen by none
+                for s0 in range(first, last, block_k):
+                    s1 = min(s0 + block_k, last)
+                    s = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T
+                    if causal:
+                        s = np.where(np.arange(s0, s1) <= place, s, -np.inf)
+                    m_new = np.maximum(m, s.max(axis=1, keepdims=True))
+                    shift = np.where(np.isneginf(m_new), 0, m_new)  # a query that has seen nothing yet
+                    p, rescale = np.exp(s - shift), np.exp(m - shift)
+                    l = rescale * l + p.sum(axis=1, keepdims=True)  # noqa: E741
+                    acc = rescale * acc + p @ v[b, h // G, s0:s1]
+                    m = m_new
+                seen = l > 0
+                out[b, h, t0:t1] = np.divide(acc, l, out=np.zeros_like(acc), where=seen)
+                lse[b, h, t0:t1] = (m + np.log(l, out=np.full_like(l, -np.inf), where=seen))[:, 0]
+    return (out, lse) if return_lse else out

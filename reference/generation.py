@@ -1,0 +1,97 @@
+"""Writing: the model's own words, fed back to it one at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int
+
+from .cache import KVCache
+from .config import Config
+from .model import Params, forward
+from .sampling import Sampler
+
+PREFILL_CHUNK = 512  # tokens of the prompt at a time: scores take chunk × length numbers per head, not length²
+
+
+def generate(
+    params: Params,
+    config: Config,
+    input_ids: np.ndarray,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None = None,
+    attention_mask: np.ndarray | None = None,
+    pad_token_id: int | None = None,
+    sampler: Sampler = Sampler(),
+    cache: KVCache | None = None,
+) -> Int[np.ndarray, "B S"]:
+    """The prompts and what the model writes after them, (batch, length).
+
+    Args:
+        input_ids: (B, T) prompts, shorter ones padded on the left.
+        max_new_tokens: stop after so many, at the latest.
+        eos_token_id: a row ends with any of these; None never stops. The call returns when all rows have ended.
+        attention_mask: (B, T) of 0 (padding) and 1; must be given when there is padding.
+        pad_token_id: fills rows that ended before the others (default: the first end token).
+        sampler: how tokens are chosen (default: greedy).
+        cache: a cache that holds the first tokens of `input_ids` already; they are not computed again.
+    """
+    tokens = list(stream(params, config, input_ids, max_new_tokens, eos_token_id, attention_mask, pad_token_id,
+                         sampler, cache))  # fmt: skip
+    return np.concatenate([np.asarray(input_ids), np.stack(tokens, axis=1)], axis=1)
+
+
+def stream(
+    params: Params,
+    config: Config,
+    input_ids: np.ndarray,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None = None,
+    attention_mask: np.ndarray | None = None,
+    pad_token_id: int | None = None,
+    sampler: Sampler = Sampler(),
+    cache: KVCache | None = None,
+) -> Iterator[Int[np.ndarray, "B"]]:
+    """`generate`, token by token: yields each step's new token of every row as soon as it is known."""
+    text = np.asarray(input_ids)
+    if text.ndim != 2 or text.shape[1] == 0:
+        raise ValueError(f"input_ids must be of shape (batch, length > 0), got {text.shape}")
+    B, T = text.shape
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    ends = [] if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+    pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+    mask = np.ones((B, T), np.int64) if attention_mask is None else np.asarray(attention_mask).astype(np.int64)
+    if mask.shape != (B, T):
+        raise ValueError(f"attention_mask must be {(B, T)}, as input_ids, got {mask.shape}")
+    if not mask[:, -1].all():
+        raise ValueError("generation continues the last token: pad prompts on the left (attention_mask ends with 0)")
+    cache = KVCache(config.num_hidden_layers) if cache is None else cache
+    if cache.length >= T:
+        raise ValueError(f"the cache holds {cache.length} tokens; input_ids must go on from them, got {T}")
+    return _steps(params, config, text, mask, max_new_tokens, ends, pad, sampler, cache)
+
+
+def _steps(
+    params: Params,
+    config: Config,
+    text: np.ndarray,
+    mask: np.ndarray,
+    max_new_tokens: int,
+    ends: list[int],
+    pad: int,
+    sampler: Sampler,
+    cache: KVCache,
+) -> Iterator[Int[np.ndarray, "B"]]:
+    rng = np.random.default_rng(sampler.seed)
+    running = np.ones(len(text), bool)
+    for _ in range(max_new_tokens):
+        for start in range(cache.length, text.shape[1], PREFILL_CHUNK):  # the prompt; later the one new token
+            end = start + PREFILL_CHUNK
+            logits = forward(params, config, text[:, start:end], mask[:, :end], cache=cache, logits_to_keep=1).logits
+        token = np.where(running, sampler.pick(logits[:, -1], rng, text, mask), pad)
+        yield token
+        running &= ~np.isin(token, ends)
+        if not running.any():
+            return
+        text = np.concatenate([text, token[:, None]], axis=1)
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)

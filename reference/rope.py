@@ -1,0 +1,155 @@
+"""Rotary position embedding: how a head knows where its token stands.
+
+A head's D numbers are D/2 points in the plane. At position p, point i is turned by the angle p · θ_i, where
+θ_i = base^(-2i/D), so that early points turn fast and late ones slowly (Su et al. 2021, §3.2.2). A query turned by
+p and a key turned by s then meet in a score that depends on p - s alone.
+
+Which two numbers make a point is a convention. Meta's weights pair neighbours, (0, 1), (2, 3) ...; Hugging Face's
+checkpoints pair the halves, (0, D/2), (1, D/2 + 1) ..., with the rows of the q and k projections permuted to match.
+Both give the same model. Weights of one kind under the rotation of the other write well for about twenty tokens and
+then fall apart. Everything in this project rotates halves; the interleaved form stands here to compare.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from .config import Config
+
+
+def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray, "D/2"], float]:
+    """The angle per position, θ_i in radians (float32), and the factor that scales cos and sin.
+
+    Longer contexts than a model was trained on are reached by turning more slowly. `rope_parameters["rope_type"]`
+    says how, in the semantics of transformers 5:
+
+    - default:  θ_i = base^(-2i/D)                                             (Su et al. 2021)
+    - linear:   θ_i / factor: every position is squeezed                       (Chen et al. 2023, §2.3)
+    - dynamic:  a larger base once `length` passes the trained context ("NTK-aware", bloc97 and emozilla 2023)
+    - yarn:     fast points as they are, slow points / factor, a ramp between  (Peng et al. 2023, §3)
+    - longrope: a searched divisor for each point, one list for short and one for long texts (Ding et al. 2024)
+    - llama3:   like yarn's idea, with the ramp in wavelengths                 (Llama 3.1's published code)
+
+    Args:
+        length: tokens in the sequence, that is the largest position + 1. Only dynamic and longrope look at it, and
+            with them the angles of all tokens change as the sequence crosses the bound: keys cached before keep theirs.
+    """
+    rope, D = config.rope_parameters, config.head_dim
+    kind, base, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor")
+    trained = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    exponent = np.arange(0, D, 2, dtype=np.float32) / D  # 2i / D
+    scale = rope.get("attention_factor")  # only yarn and longrope have one
+
+    if kind == "dynamic":
+        ratio = max(length, config.max_position_embeddings) / config.max_position_embeddings
+        base = base * (factor * ratio - (factor - 1)) ** (D / max(D - 2, 1))
+    theta = 1 / base**exponent
+
+    if kind == "linear":
+        theta = theta / factor
+    elif kind == "yarn":
+        theta = _yarn(theta, rope, trained)
+        scale = _yarn_attention_factor(rope) if scale is None else scale
+    elif kind == "longrope":
+        divisor = rope["long_factor"] if length > trained else rope["short_factor"]
+        theta = 1 / (np.array(divisor, dtype=np.float32) * base**exponent)
+        if scale is None and factor is not None and factor > 1:
+            scale = math.sqrt(1 + math.log(factor) / math.log(trained))
+    elif kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = trained * theta / (2 * math.pi)  # full turns over the trained context
+        keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast, kept; 0: slow, divided
+        theta = (1 - keep) * theta / factor + keep * theta
+    return theta.astype(np.float32), 1.0 if scale is None else float(scale)
+
+
+def _yarn(theta: Float[np.ndarray, "D/2"], rope: dict, trained: int) -> Float[np.ndarray, "D/2"]:
+    """YaRN's blend: point i counts as fast or slow by the turns it makes over the trained context."""
+    D, base = 2 * len(theta), rope["rope_theta"]
+
+    def point_that_turns(times: float) -> float:
+        return D * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = point_that_turns(rope.get("beta_fast") or 32), point_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, D - 1)
+    if first == last:
+        last += 0.001
+    slow = np.clip((np.arange(D // 2, dtype=np.float32) - first) / (last - first), 0, 1)
+    return slow * theta / rope["factor"] + (1 - slow) * theta
+
+
+def _yarn_attention_factor(rope: dict) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if rope["factor"] <= 1 else 0.1 * weight * math.log(rope["factor"]) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rope_tables(
+    config: Config, position_ids: Int[np.ndarray, "B T"]
+) -> tuple[Float[np.ndarray, "B T D"], Float[np.ndarray, "B T D"]]:
+    """cos and sin of every position's angles, float32, laid out for the halves pairing: point i at i and i + D/2.
+
+    Angles are always made from float32 frequencies: in bfloat16 position 2000 would be off by whole turns.
+    """
+    theta, scale = rope_frequencies(config, length=int(position_ids.max()) + 1)
+    angles = position_ids[..., None].astype(np.float32) * theta  # (B, T, D/2)
+    angles = np.concatenate([angles, angles], axis=-1)
+    return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+
+
+def rotate_half(x: Float[np.ndarray, "*batch D"]) -> Float[np.ndarray, "*batch D"]:
+    """(x1, x2) -> (-x2, x1) on the halves: every point a quarter turn on."""
+    x1, x2 = np.split(x, 2, axis=-1)
+    return np.concatenate([-x2, x1], axis=-1)
+
+
+def apply_rope(
+    q: Float[np.ndarray, "B H T D"],
+    k: Float[np.ndarray, "B K T D"],
+    cos: Float[np.ndarray, "#B T D"],
+    sin: Float[np.ndarray, "#B T D"],
+) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
+    """Turn queries and keys by their positions' angles.
+
+    x' = x · cos + rotate_half(x) · sin                        (Su et al. 2021, eq. 34, on halves)
+    """
+    cos, sin = cos[:, None], sin[:, None]  # the same for every head
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def apply_rope_interleaved(
+    q: Float[np.ndarray, "B H T D"],
+    k: Float[np.ndarray, "B K T D"],
+    cos: Float[np.ndarray, "#B T D"],
+    sin: Float[np.ndarray, "#B T D"],
+) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
+    """The same rotation where point i is the pair (2i, 2i + 1), as in Meta's weights. Takes the same tables.
+
+    interleave(apply_rope(q, k)) = apply_rope_interleaved(interleave(q), interleave(k))
+    """
+    D = q.shape[-1]
+    cos, sin = cos[:, None, :, : D // 2], sin[:, None, :, : D // 2]
+
+    def rotate(x):
+        out = np.empty(x.shape, np.result_type(x, cos))
+        out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
+        out[..., 1::2] = x[..., 1::2] * cos + x[..., 0::2] * sin
+        return out
+
+    return rotate(q), rotate(k)
+
+
+def interleave(weight: Float[np.ndarray, "HD *rest"], heads: int) -> Float[np.ndarray, "HD *rest"]:
+    """Reorder the rows of a q or k projection (or its bias) from Hugging Face's halves to Meta's pairs."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def deinterleave(weight: Float[np.ndarray, "HD *rest"], heads: int) -> Float[np.ndarray, "HD *rest"]:
+    """Reorder the rows of a q or k projection (or its bias) from Meta's pairs to Hugging Face's halves."""
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,121 @@
+"""From logits to a token: each filter takes logits (B, V) and gives logits, and what it forbids becomes -∞.
+
+`Sampler` applies them in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from .attention import softmax
+
+Logits = Float[np.ndarray, "B V"]
+
+
+def repetition_penalty(
+    logits: Logits, seen: Int[np.ndarray, "B S"], penalty: float, attention_mask: Int[np.ndarray, "B S"] | None = None
+) -> Logits:
+    """Make every token already in the text less likely: logit / penalty where positive, · penalty where negative.
+
+    (Keskar et al. 2019, §4.1.) A token counts once however often it stands there; padding does not count.
+    """
+    rows, places = np.nonzero(np.ones_like(seen) if attention_mask is None else attention_mask)
+    tokens = seen[rows, places]
+    out = logits.copy()
+    picked = logits[rows, tokens]
+    out[rows, tokens] = np.where(picked < 0, picked * penalty, picked / penalty)
+    return out
+
+
+def temperature(logits: Logits, value: float) -> Logits:
+    """Below 1 sharpens the distribution, above 1 flattens it."""
+    return logits / value
+
+
+def top_k(logits: Logits, k: int) -> Logits:
+    """Keep the k likeliest tokens (and all that tie with the last of them)     (Fan et al. 2018, §5.4)"""
+    k = min(k, logits.shape[-1])
+    last = np.partition(logits, -k, axis=-1)[:, -k, None]
+    return np.where(logits < last, -np.inf, logits)
+
+
+def top_p(logits: Logits, p: float) -> Logits:
+    """Keep the smallest set of likeliest tokens whose probabilities reach p    (Holtzman et al. 2020, §3.1)"""
+    order = np.argsort(logits, axis=-1)  # ascending; the last is always kept
+    mass = np.cumsum(softmax(np.take_along_axis(logits, order, axis=-1)), axis=-1)
+    drop = mass <= 1 - p
+    drop[:, -1] = False
+    forbidden = np.empty_like(drop)
+    np.put_along_axis(forbidden, order, drop, axis=-1)
+    return np.where(forbidden, -np.inf, logits)
+
+
+def min_p(logits: Logits, p: float) -> Logits:
+    """Keep the tokens at least p times as likely as the likeliest              (Nguyen et al. 2024, §3)"""
+    probabilities = softmax(logits)
+    return np.where(probabilities < p * probabilities.max(axis=-1, keepdims=True), -np.inf, logits)
+
+
+def draw(logits: Logits, rng: np.random.Generator) -> Int[np.ndarray, "B"]:
+    """One token per row, with probability softmax(logits): the first whose cumulative probability passes a dart."""
+    mass = np.cumsum(softmax(logits.astype(np.float64)), axis=-1)
+    dart = rng.random((len(logits), 1)) * mass[:, -1:]
+    return np.argmax(mass > dart, axis=-1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to choose the next token; the default is greedy, the likeliest token each time.
+
+    temperature: 0 is greedy, above 0 draws. top_k, top_p, min_p narrow what can be drawn; None, 1 and 0 leave all in.
+    repetition_penalty: 1 is none; it also moves the greedy choice.
+    seed: the same seed gives the same tokens; None gives others every time.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        for name, legal, wanted in (
+            ("temperature", 0 <= self.temperature < np.inf, "0 (greedy) or above"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "None (all) or at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("seed", self.seed is None or self.seed >= 0, "None or at least 0"),
+        ):
+            if not legal:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+    def filter(
+        self, logits: Logits, seen: Int[np.ndarray, "B S"], attention_mask: Int[np.ndarray, "B S"] | None = None
+    ) -> Logits:
+        """The logits that are drawn from, after all filters, in transformers' order. `seen` is the text so far."""
+        if self.repetition_penalty != 1:
+            logits = repetition_penalty(logits, seen, self.repetition_penalty, attention_mask)
+        if self.temperature == 0:
+            return logits
+        logits = temperature(logits, self.temperature)
+        if self.top_k is not None:
+            logits = top_k(logits, self.top_k)
+        if self.top_p < 1:
+            logits = top_p(logits, self.top_p)
+        if self.min_p > 0:
+            logits = min_p(logits, self.min_p)
+        return logits
+
+    def pick(
+        self,
+        logits: Logits,
+        rng: np.random.Generator,
+        seen: Int[np.ndarray, "B S"],
+        attention_mask: Int[np.ndarray, "B S"] | None = None,
+    ) -> Int[np.ndarray, "B"]:
+        """The next token of every row."""
+        logits = self.filter(logits, seen, attention_mask)
+        return np.argmax(logits, axis=-1) if self.temperature == 0 else draw(logits, rng)

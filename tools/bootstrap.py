@@ -1,0 +1,96 @@
+"""Make the environment .venv: the project, its test tools and a PyTorch that fits this machine. Standard library only.
+
+TORCH chooses the build: a torch that is installed already is kept; else `cuda` where an NVIDIA driver is present and
+`cpu` elsewhere. TORCH=cpu, TORCH=cuda and TORCH=none say otherwise (the NumPy reference needs none).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VENV = Path(".venv")
+PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
+CUDA_SIZE = "The CUDA build of PyTorch is about 3 GB to download and 7 GB on disk."
+CHOICES = "To choose otherwise, stop with Ctrl-C and set"
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")
+    choice = os.environ.get("TORCH", "auto")
+    if choice not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"TORCH={choice} is unknown; say cpu, cuda, none or auto")
+
+    # A torch outside is seen from inside the environment, and so is used instead of another download.
+    outside = choice == "auto" and has_torch(sys.executable)
+    if not has_pip():
+        say(f"Making the environment {VENV}")
+        shutil.rmtree(VENV, ignore_errors=True)
+        made = subprocess.run([sys.executable, "-m", "venv", *["--system-site-packages"] * outside, VENV])
+        if made.returncode or not has_pip():
+            sys.exit("python3 could not make an environment; on Debian: apt-get install python3-venv")
+
+    constraints = Path("constraints.txt")
+    if choice == "none":
+        say("Leaving PyTorch out: the reference works, tests and other backends do not")
+        extras = ""
+    elif choice == "auto" and has_torch(PYTHON):
+        say("Keeping the PyTorch that is installed")
+        lines = constraints.read_text().splitlines()  # its own triton goes with it
+        constraints = VENV / "constraints.txt"
+        constraints.write_text("\n".join(line for line in lines if not line.startswith(("torch=", "triton="))) + "\n")
+        extras = "[torch,dev]"
+    else:
+        install_torch("cuda" if choice == "cuda" or (choice == "auto" and has_nvidia()) else "cpu")
+        extras = "[torch,dev]"
+    say("Installing the project and its tools (the tests' transformers among them, and triton: about 500 MB)")
+    if not pip("-c", constraints, "-e", f".{extras}"):
+        sys.exit("pip could not install the project; what it said stands above")
+    (VENV / ".ready").touch()
+
+
+def install_torch(build: str) -> None:
+    version = next(line for line in Path("constraints.txt").read_text().splitlines() if line.startswith("torch="))
+    if build == "cpu":
+        say("Installing PyTorch, CPU build (about 200 MB)")
+        # Of all places that pip is told to look at, only one that offers the CPU build has this version.
+        if pip(f"{version}+cpu", "--quiet") or (sys.platform != "linux" and pip(version)):
+            return
+        say(
+            "pip knows no place that offers the CPU build. PIP_EXTRA_INDEX_URL can name one: see 'CPU' under Get Started"
+            f" on pytorch.org. Going on with the CUDA build, which works here too. {CUDA_SIZE} {CHOICES} that or TORCH=none."
+        )
+    else:
+        say(f"Installing PyTorch for CUDA. {CUDA_SIZE} {CHOICES} TORCH=cpu (about 200 MB) or TORCH=none.")
+    if sys.stdin.isatty():
+        time.sleep(10)  # time to read that and to stop
+    if not pip(version):
+        sys.exit("pip could not install PyTorch; what it said stands above")
+
+
+def pip(*arguments: object) -> bool:
+    command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *map(str, arguments)]
+    return subprocess.run(command).returncode == 0
+
+
+def has_pip() -> bool:
+    return PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def has_torch(python: object) -> bool:
+    return subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
+
+
+def has_nvidia() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def say(what: str) -> None:
+    print(f"==> {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
