@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from .config import Config
 
 
-def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray, "D/2"], float]:
+def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray, "half"], float]:
     """The angle per position, θ_i in radians (float32), and the factor that scales cos and sin.
 
     Longer contexts than a model was trained on are reached by turning more slowly. `rope_parameters["rope_type"]`
@@ -64,7 +64,7 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
     return theta.astype(np.float32), 1.0 if scale is None else float(scale)
 
 
-def _yarn(theta: Float[np.ndarray, "D/2"], rope: dict, trained: int) -> Float[np.ndarray, "D/2"]:
+def _yarn(theta: Float[np.ndarray, "half"], rope: dict, trained: int) -> Float[np.ndarray, "half"]:
     """YaRN's blend: point i counts as fast or slow by the turns it makes over the trained context."""
     D, base = 2 * len(theta), rope["rope_theta"]
 

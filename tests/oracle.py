@@ -1,0 +1,41 @@
+"""transformers' LLaMA with weights that show every mistake, and its parameters as NumPy arrays."""
+
+import copy
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+
+def transformers_config(fields: dict, **more) -> LlamaConfig:
+    return LlamaConfig(**copy.deepcopy(fields), **more, attn_implementation="eager")
+
+
+def transformers_model(fields: dict, seed: int, cls=LlamaForCausalLM, **more):
+    """A model with weights so large that attention is sharp, gains off 1 and biases off 0; and its `params`."""
+    torch.manual_seed(seed)
+    model = cls(transformers_config(fields, **more)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+            elif name.endswith("bias") or "embed" in name:
+                weight.normal_(0, 1)
+            else:
+                weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5)
+    return model, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def classifier(fields: dict, seed: int, num_labels: int):
+    return transformers_model(fields, seed, LlamaForSequenceClassification, num_labels=num_labels)
+
+
+def as_float64(params: dict) -> dict:
+    return {name: array.astype(np.float64) for name, array in params.items()}
+
+
+def miss(ours, theirs) -> float:
+    """The largest difference, relative to the largest number."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)) if ours.size else 0.0
