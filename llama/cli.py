@@ -9,7 +9,10 @@ import click
 if TYPE_CHECKING:
     from .session import Session
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+BACKENDS = click.Choice(["auto", "reference", "torch"])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
 @click.version_option(package_name="llama-triton", prog_name="llama")
 def cli() -> None:
     """LLaMA models: fetch them, ask them, talk to them.
@@ -23,20 +26,14 @@ def model_options(command: Any) -> Any:
     """The options that `generate` and `chat` share."""
     for option in (
         click.option("--seed", type=click.IntRange(0), help="Draw the same tokens every time."),
-        click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 avoids what was said."),
-        click.option("--min-p", default=0.0, show_default=True, help="Drop tokens this much less likely than the best."),
-        click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens up to this mass."),
+        click.option("--repetition-penalty", default=1.0, help="Above 1 avoids what was said."),
+        click.option("--min-p", default=0.0, help="Drop what is this much less likely than the best."),
+        click.option("--top-p", default=1.0, help="Draw from the likeliest tokens up to this mass."),
         click.option("--top-k", type=int, help="Draw from so many likeliest tokens."),
-        click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token, above 0 draws."),
-        click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Stop after so many."),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "reference", "torch"]),
-            default="auto",
-            show_default=True,
-            help="What computes. auto is reference for now.",
-        ),
-        click.option("--model", "-m", default="smollm2", show_default=True, metavar="MODEL", help="The model to use."),
+        click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 draws."),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="Stop after so many."),
+        click.option("--backend", type=BACKENDS, default="auto", help="What computes; auto is reference for now."),
+        click.option("--model", "-m", default="smollm2", metavar="MODEL", help="The model to use."),
     ):
         command = option(command)
     return command
@@ -136,7 +133,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     warnings.showwarning = lambda message, *_: click.echo(f"llama: {message}", err=True)
     try:
-        cli()
+        cli(prog_name="llama")
     except (ValueError, OSError, MemoryError) as error:
         click.echo(f"llama: {error or type(error).__name__}", err=True)
         sys.exit(1)

@@ -1,8 +1,8 @@
 """Progress bars for people, silence for pipes."""
 
+import shutil
 import sys
 from collections.abc import Iterable, Sized
-from typing import Any
 
 from tqdm import tqdm
 
@@ -12,7 +12,9 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def progress(items: Iterable, what: str, unit: str, **options: Any) -> tqdm:
+def progress(items: Iterable, what: str, unit: str) -> tqdm:
     """`items` behind a bar on standard error, which leaves no trace when done and does not show in a pipe."""
-    total = options.pop("total", len(items) if isinstance(items, Sized) else None)
-    return tqdm(items, desc=what, unit=f" {unit}", total=total, leave=False, disable=not on_terminal(), **options)
+    total = len(items) if isinstance(items, Sized) else None
+    width, height = shutil.get_terminal_size()  # 80 × 24 where the terminal does not say: tqdm would show nothing
+    off = not on_terminal()
+    return tqdm(items, what, total, unit=f" {unit}", ncols=width, nrows=height, leave=False, disable=off)

@@ -24,8 +24,8 @@ class Session:
         if backend == "torch":
             raise ValueError("the torch backend is not there yet; use --backend reference")
         checkpoint = open_checkpoint(model)
+        self.params, self.config = reference.load(checkpoint)
         self.tokenizer = LlamaTokenizerFast(*checkpoint.tokenizer())
-        self.params, self.config = reference.load(model)
         self.eos_token_id = checkpoint.generation_config.get("eos_token_id", self.config.eos_token_id)
         self.max_new_tokens, self.sampler = max_new_tokens, sampler
         self.cache = reference.KVCache(self.config.num_hidden_layers)

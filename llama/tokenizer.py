@@ -139,7 +139,8 @@ class TextStream:
 
     A token may hold a part of a character's bytes, or a space that only its neighbours bring out. So a few ids back to
     the last safe place are decoded together each time, and what is new in their text is given once it is whole. All
-    pieces together are `decode` of all ids.
+    pieces together are `decode` of all ids; only where bytes make no character can SentencePiece's kind, which judges
+    a run of bytes as a whole, change its mind about a part that has been given.
     """
 
     def __init__(self, tokenizer: LlamaTokenizerFast, skip_special_tokens: bool = True):

@@ -11,7 +11,7 @@ from .feed_forward import ACTIVATIONS
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # documented, read by nobody: transformers ignores it
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # documented, but nobody reads it
     "yarn": (
         {"factor"},
         {

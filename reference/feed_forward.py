@@ -22,8 +22,8 @@ def silu(x: Array) -> Array:
 
 def gelu(x: Array) -> Array:
     """x · Φ(x), Φ the normal distribution function             (Hendrycks & Gimpel 2016)"""
-    erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has none of its own
-    return 0.5 * x * (1 + erf(x * 2**-0.5).astype(x.dtype))
+    erf = np.vectorize(math.erf, otypes=[x.dtype])  # NumPy has none of its own
+    return 0.5 * x * (1 + erf(x * 2**-0.5))
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -66,7 +66,9 @@ def swiglu(gate: Float[np.ndarray, "*batch F"], up: Float[np.ndarray, "*batch F"
     return silu(gate) * up
 
 
-def feed_forward(x: Float[np.ndarray, "*batch E"], params: dict, prefix: str, hidden_act: str) -> Float[np.ndarray, "*batch E"]:
+def feed_forward(
+    x: Float[np.ndarray, "*batch E"], params: dict, prefix: str, hidden_act: str
+) -> Float[np.ndarray, "*batch E"]:
     """W_down (act(W_gate x) · (W_up x)); `prefix` is e.g. "model.layers.0.mlp"."""
     gate, up = linear(x, params, f"{prefix}.gate_proj"), linear(x, params, f"{prefix}.up_proj")
     hidden = swiglu(gate, up) if ACTIVATIONS[hidden_act] is silu else ACTIVATIONS[hidden_act](gate) * up

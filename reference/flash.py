@@ -16,7 +16,7 @@ def flash_attention(
     block_q: int = 64,
     block_k: int = 64,
 ) -> Float[np.ndarray, "B H T D"] | tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B H T"]]:
-    """`attention`, block of keys by block of keys                     (Milakov & Gimelshein 2018; Dao et al. 2022, alg. 1)
+    """`attention`, block of keys by block of keys       (Milakov & Gimelshein 2018; Dao et al. 2022, alg. 1)
 
     A softmax over keys that arrive in pieces needs only three things per query: the largest score so far m, the sum
     of exponentials so far l, and the weighted sum of values so far. When a block raises the maximum from m to m',

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from .cache import KVCache
 from .config import Config
 from .model import Params, forward
-from .sampling import Sampler
+from .sampling import GREEDY, Sampler
 
 PREFILL_CHUNK = 512  # tokens of the prompt at a time: scores take chunk × length numbers per head, not length²
 
@@ -21,7 +21,7 @@ def generate(
     eos_token_id: int | list[int] | None = None,
     attention_mask: np.ndarray | None = None,
     pad_token_id: int | None = None,
-    sampler: Sampler = Sampler(),
+    sampler: Sampler = GREEDY,
     cache: KVCache | None = None,
 ) -> Int[np.ndarray, "B S"]:
     """The prompts and what the model writes after them, (batch, length).
@@ -48,7 +48,7 @@ def stream(
     eos_token_id: int | list[int] | None = None,
     attention_mask: np.ndarray | None = None,
     pad_token_id: int | None = None,
-    sampler: Sampler = Sampler(),
+    sampler: Sampler = GREEDY,
     cache: KVCache | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """`generate`, token by token: yields each step's new token of every row as soon as it is known."""

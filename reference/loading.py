@@ -2,19 +2,25 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .config import Config
 from .model import Params, check_params, parameter_shapes
 
+if TYPE_CHECKING:
+    from llama.checkpoints import Checkpoint
 
-def load(where: str | os.PathLike[str], dtype: type[np.floating] = np.float32) -> tuple[Params, Config]:
+
+def load(where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] = np.float32) -> tuple[Params, Config]:
     """Read a model: `params, config = load("smollm2")`.
 
     Args:
         where: a folder in Hugging Face's layout (config.json and safetensors, sharded or not), a `.gguf` file, or the
-            alias "smollm2", which is fetched the first time.
+            alias "smollm2", which is fetched the first time. Or a checkpoint that `llama.checkpoints` has opened.
         dtype: what the arrays are given in. A tensor that is stored so is mapped, not read: the file's pages come in
             as they are used, and nothing is held twice.
 
@@ -25,21 +31,35 @@ def load(where: str | os.PathLike[str], dtype: type[np.floating] = np.float32) -
     from llama.checkpoints import open_checkpoint, read_tensors
 
     checkpoint = open_checkpoint(where)
-    try:
-        config = Config.from_dict(checkpoint.config)
-        names = set(checkpoint.names)
-        wanted = []
-        for name, _ in parameter_shapes(config):
-            if name in names:
-                wanted.append(name)
-            elif not (name == "lm_head.weight" and "score.weight" in names):
-                raise ValueError(f"the tensor {name} is missing")
-        wanted += ["score.weight"] * ("score.weight" in names)
-        unused = sorted(n for n in names.difference(wanted) if not n.endswith("rotary_emb.inv_freq"))
-        if unused:
-            warnings.warn(f"{where}: {len(unused)} tensors are not used, among them {unused[0]}", stacklevel=2)
-        params = read_tensors(checkpoint, wanted, dtype)
+    data, names = checkpoint.config, set(checkpoint.names)
+    with _naming(checkpoint.path):
+        config = Config.from_dict(data)
+        wanted = list(_tensors_to_read(config, names))
+    unused = sorted(name for name in names.difference(wanted) if not name.endswith("rotary_emb.inv_freq"))
+    if unused:
+        warnings.warn(f"{checkpoint.path}: {len(unused)} tensors are not used, among them {unused[0]}", stacklevel=2)
+    params = read_tensors(checkpoint, wanted, dtype)
+    with _naming(checkpoint.path):
         check_params(params, config)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     return params, config
+
+
+def _tensors_to_read(config: Config, names: set[str]) -> Iterator[str]:
+    """Those of a language model, or of a classifier, which has a `score` and needs no `lm_head`."""
+    classifies = "score.weight" in names
+    for name, _ in parameter_shapes(config):
+        if name in names:
+            yield name
+        elif not (classifies and name == "lm_head.weight"):
+            raise ValueError(f"the tensor {name} is missing")
+    if classifies:
+        yield "score.weight"
+
+
+@contextmanager
+def _naming(path: os.PathLike[str]) -> Iterator[None]:
+    """Put the file before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

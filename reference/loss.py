@@ -21,7 +21,8 @@ def cross_entropy(
     counted = labels != ignore_index
     wrong = counted & ((labels < 0) | (labels >= logits.shape[-1]))
     if wrong.any():
-        raise ValueError(f"labels must be {ignore_index} or lie in 0 ... {logits.shape[-1] - 1}, got {labels[wrong][0]}")
+        last = logits.shape[-1] - 1
+        raise ValueError(f"labels must be {ignore_index} or lie in 0 ... {last}, got {labels[wrong][0]}")
     if not counted.any():
         return logits.dtype.type(np.nan)
     picked = np.take_along_axis(log_softmax(logits[counted]), labels[counted][:, None], axis=-1)
@@ -31,7 +32,7 @@ def cross_entropy(
 def causal_lm_loss(
     logits: Float[np.ndarray, "B T V"], labels: Int[np.ndarray, "B T"], ignore_index: int = -100
 ) -> np.floating:
-    """Cross-entropy of each token's logits against the next token: `labels` are the input ids, -100 where not judged."""
+    """Cross-entropy of each token's logits against the next token; `labels` are the input ids, or -100."""
     return cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index)
 
 

@@ -36,7 +36,7 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
             with them the angles of all tokens change as the sequence crosses the bound: keys cached before keep theirs.
     """
     rope, D = config.rope_parameters, config.head_dim
-    kind, base, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor")
+    kind, base, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor", 1.0)
     trained = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     exponent = np.arange(0, D, 2, dtype=np.float32) / D  # 2i / D
     scale = rope.get("attention_factor")  # only yarn and longrope have one
@@ -54,7 +54,7 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
     elif kind == "longrope":
         divisor = rope["long_factor"] if length > trained else rope["short_factor"]
         theta = 1 / (np.array(divisor, dtype=np.float32) * base**exponent)
-        if scale is None and factor is not None and factor > 1:
+        if scale is None and factor > 1:
             scale = math.sqrt(1 + math.log(factor) / math.log(trained))
     elif kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -119,3 +119,6 @@ class Sampler:
         """The next token of every row."""
         logits = self.filter(logits, seen, attention_mask)
         return np.argmax(logits, axis=-1) if self.temperature == 0 else draw(logits, rng)
+
+
+GREEDY = Sampler()

@@ -4,17 +4,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle reads local files only
 
+from pathlib import Path
+
 import jaxtyping
 
-# Shapes in the reference's annotations are executed: every call in every test checks them.
+# Shapes in the reference's annotations are executed: every call in every test checks them. Only `Config` looks after
+# itself, and is left to, so that its own errors can be tested.
+modules = {path.stem for path in (Path(__file__).parent.parent / "reference").glob("*.py")} - {"__init__", "config"}
 jaxtyping.install_import_hook(
-    "llama.reference", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int is a float
+    [f"llama.reference.{name}" for name in modules],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float
 )
 
-import pytest
-import torch
-import transformers
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")

@@ -86,7 +86,9 @@ def test_decode_attention_sees_each_rows_filled_places(drawn):
     out = reference.decode_attention(q, k, v, lengths)
     for row, length in enumerate(lengths):
         if length:
-            alone = reference.attention(q[[row]], k[[row], :, :length], v[[row], :, :length], np.ones((1, 1, length), bool))
+            alone = reference.attention(
+                q[[row]], k[[row], :, :length], v[[row], :, :length], np.ones((1, 1, length), bool)
+            )
             np.testing.assert_allclose(out[row], alone[0], atol=1e-12)
         else:
             assert (out[row] == 0).all()

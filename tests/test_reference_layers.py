@@ -1,5 +1,6 @@
 """The small functions against PyTorch in float64."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -59,3 +60,12 @@ def test_labels_outside_the_vocabulary_are_named():
     for label in (3, -1):
         with pytest.raises(ValueError, match=rf"0 \.\.\. 2, got {label}"):
             reference.cross_entropy(np.zeros((2, 3)), np.array([0, label]))
+
+
+def test_the_shapes_in_annotations_are_executed():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        reference.rms_norm(np.ones((2, 3)), np.ones(4), 1e-5)
+    with pytest.raises(jaxtyping.TypeCheckError):  # batch sizes that differ would broadcast without a word
+        reference.attention(
+            np.ones((2, 1, 1, 4)), np.ones((1, 1, 1, 4)), np.ones((1, 1, 1, 4)), np.ones((1, 1, 1), bool)
+        )

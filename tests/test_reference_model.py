@@ -1,5 +1,7 @@
 """The whole reference against transformers, and against itself in other shapes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def positions(ids, mask):
 
 
 @given(models())
-@settings(max_examples=150)
+@settings(max_examples=400)
 def test_forward_equals_transformers(drawn):
     fields, ids, mask, seed = drawn
     model, params = transformers_model(fields, seed)
@@ -129,7 +131,7 @@ def test_chunks_through_a_cache_equal_the_whole(drawn, data):
     whole = forward(params, config, ids, mask, output_attentions=True)
     cuts = sorted({0, ids.shape[1], *data.draw(st.lists(st.integers(0, ids.shape[1]), max_size=4))})
     cache = KVCache(config.num_hidden_layers)
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         part_mask = None if mask is None else mask[:, :end]
         part = forward(params, config, ids[:, start:end], part_mask, cache=cache, output_attentions=True)
         assert part.cache is cache

@@ -18,7 +18,7 @@ CHOICES = "To choose otherwise, stop with Ctrl-C and set"
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (whatever python3 is runs this)
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")
     choice = os.environ.get("TORCH", "auto")
     if choice not in ("auto", "cpu", "cuda", "none"):
@@ -60,8 +60,9 @@ def install_torch(build: str) -> None:
         if pip(f"{version}+cpu", "--quiet") or (sys.platform != "linux" and pip(version)):
             return
         say(
-            "pip knows no place that offers the CPU build. PIP_EXTRA_INDEX_URL can name one: see 'CPU' under Get Started"
-            f" on pytorch.org. Going on with the CUDA build, which works here too. {CUDA_SIZE} {CHOICES} that or TORCH=none."
+            "pip knows no place that offers the CPU build. PIP_EXTRA_INDEX_URL can name one: see 'CPU' under 'Get"
+            " Started' on pytorch.org. Going on with the CUDA build, which works here too."
+            f" {CUDA_SIZE} {CHOICES} that or TORCH=none."
         )
     else:
         say(f"Installing PyTorch for CUDA. {CUDA_SIZE} {CHOICES} TORCH=cpu (about 200 MB) or TORCH=none.")

@@ -23,6 +23,8 @@ __all__ = ["ALIASES", "Checkpoint", "fetch", "open_checkpoint", "read_tensors"]
 class Checkpoint(Protocol):
     """A model on disk, whatever its format."""
 
+    path: Path
+
     @property
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
@@ -42,12 +44,16 @@ class Checkpoint(Protocol):
         """The tokenizer and the contents of tokenizer_config.json."""
 
 
-def open_checkpoint(where: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(where: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     """The model at `where`: a folder in Hugging Face's layout, a `.gguf` file, or the alias "smollm2".
+
+    A checkpoint that is open already is given back.
 
     Raises:
         FileNotFoundError: there is nothing of the kind.
     """
+    if not isinstance(where, str | os.PathLike):
+        return where
     if str(where) in ALIASES and not Path(where).exists():
         where = fetch(str(where))
     path = Path(where)

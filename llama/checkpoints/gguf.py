@@ -44,7 +44,7 @@ class GGUFFile:
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
-            self._fields = {name: field for name, field in reader.fields.items()}
+            self._fields = dict(reader.fields)
             self._tensors = {hugging_face_name(t.name): t for t in reader.tensors}
         except Exception as error:  # on damaged bytes the library raises whatever it trips over
             raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it anew") from error
@@ -186,7 +186,8 @@ def hugging_face_name(name: str) -> str:
 
 # How text is cut before byte-pair encoding, by `tokenizer.ggml.pre`.
 LLAMA3_WORDS = (  # Meta's llama-models, tokenizer.py
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),

@@ -57,7 +57,7 @@ class HuggingFaceFolder:
         shards = {}
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard or shard in ("", ".", ".."):
-                raise ValueError(f"{index} points to {shard!r}, outside its own folder; only plain file names can be read")
+                raise ValueError(f"{index} points to {shard!r}, outside its own folder; only file names can be read")
             shards[shard] = SafetensorsFile(self.path / shard)
         for name, shard in weight_map.items():
             if name not in shards[shard].header:

@@ -1,0 +1,166 @@
+"""SmolLM2-135M in float32 on a CPU: the NumPy reference beside transformers, in one process, turn by turn.
+
+    python -m benchmarks.cpu                 # a table, and benchmarks/results/cpu.json
+
+Decode is bound by memory: every token reads all 538 MB of weights once, so tokens/s is the number to read. Prefill is
+bound by arithmetic: read the time. One thread is the figure to quote; with two, neighbours on a shared machine make
+it swing. What counts is the ratio, since both take turns under the same weather. Best and median of several runs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from threadpoolctl import threadpool_limits
+
+from llama import reference
+from llama.checkpoints import fetch
+
+PROMPT, NEW = 512, 64
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+
+
+def providers(folder: Path) -> dict[str, tuple[Callable[[], np.ndarray], Callable[[], float]]]:
+    """For each provider: a prefill of PROMPT tokens that gives their logits, and a decode that gives tokens/s."""
+    params, config = reference.load(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT))
+
+    def reference_decode() -> float:
+        tokens = reference.stream(params, config, ids[:, :32], NEW + 1)
+        next(tokens)
+        start = time.perf_counter()
+        assert sum(1 for _ in tokens) == NEW
+        return NEW / (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def transformers_prefill() -> np.ndarray:
+        return model(torch.tensor(ids)).logits.numpy()
+
+    @torch.inference_mode()
+    def transformers_decode() -> float:
+        """A bare loop over forward, which is a little faster than its generate."""
+        out = model(torch.tensor(ids[:, :32]), use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        for _ in range(NEW):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        return NEW / (time.perf_counter() - start)
+
+    return {
+        "reference": (lambda: reference.forward(params, config, ids).logits, reference_decode),
+        "transformers": (transformers_prefill, transformers_decode),
+    }
+
+
+def speed(folder: Path, threads: int, runs: int) -> list[dict]:
+    """Prefill and decode of every provider, `runs` times in turn."""
+    torch.set_num_threads(threads)
+    with threadpool_limits(threads, user_api="blas"):
+        rivals = providers(folder)
+        ours, theirs = (prefill() for prefill, _ in rivals.values())  # warms up too
+        difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        assert difference < 1e-4, f"the providers disagree by {difference}"
+        seconds: dict[str, list[float]] = {name: [] for name in rivals}
+        rates: dict[str, list[float]] = {name: [] for name in rivals}
+        for _ in range(runs):
+            for name, (prefill, decode) in rivals.items():
+                start = time.perf_counter()
+                prefill()
+                seconds[name].append(time.perf_counter() - start)
+                rates[name].append(decode())
+    rows = []
+    for what, unit, measured, best in ((f"prefill {PROMPT}", "s", seconds, min), ("decode", "tokens/s", rates, max)):
+        bests = {name: best(values) for name, values in measured.items()}
+        medians = {name: statistics.median(values) for name, values in measured.items()}
+        rows.append(
+            {
+                "what": what,
+                "unit": unit,
+                "threads": threads,
+                "runs": runs,
+                "best": {name: round(value, 3) for name, value in bests.items()},
+                "median": {name: round(value, 3) for name, value in medians.items()},
+                "ratio_of_bests": round(bests["reference"] / bests["transformers"], 3),
+                "ratio_of_medians": round(medians["reference"] / medians["transformers"], 3),
+            }
+        )
+    return rows
+
+
+def start_up(runs: int) -> list[dict]:
+    """Seconds until `import llama` is done and until `llama --help` has ended."""
+    timed_import = "import time; s = time.perf_counter(); import llama; print(time.perf_counter() - s)"
+    imports, helps = [], []
+    for _ in range(runs):
+        out = subprocess.run([sys.executable, "-c", timed_import], capture_output=True, text=True, check=True)
+        imports.append(float(out.stdout))
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "llama", "--help"], capture_output=True, check=True)
+        helps.append(time.perf_counter() - start)
+    return [
+        {"what": what, "unit": "s", "runs": runs, "best": round(min(v), 3), "median": round(statistics.median(v), 3)}
+        for what, v in (("import llama", imports), ("llama --help", helps))
+    ]
+
+
+def peak_memory(folder: Path) -> dict:
+    """Peak resident memory of a whole `llama generate`, beside the bytes of the float32 weights."""
+    command = [sys.executable, "-m", "llama", "generate", "--backend", "reference", "--model", str(folder), "Hello"]
+    # From a small process in between: a child counts the memory of the process it was forked from as its own.
+    measure = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], capture_output=True, check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    out = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=True)
+    weights = sum(4 * int(np.prod(shape)) for _, shape in reference.parameter_shapes(reference.load(folder)[1]))
+    peak = int(out.stdout) * (1 if sys.platform == "darwin" else 1024)
+    megabytes = {"peak": round(peak / 1e6), "weights": round(weights / 1e6)}
+    return {"what": "peak memory of llama generate", "unit": "MB", **megabytes, "ratio": round(peak / weights, 3)}
+
+
+def device() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    avx512 = any("avx512f" in line for line in lines)
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores" + ", AVX-512" * avx512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    folder = fetch("smollm2")
+    rows = [row for threads in (1, 2) for row in speed(folder, threads, options.runs)]
+    rows += [*start_up(options.runs), peak_memory(folder)]
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    record = {
+        "command": "python -m benchmarks.cpu",
+        "date": date.today().isoformat(),
+        "device": device(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("numpy", "torch", "transformers")},
+        "model": "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised), float32",
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Reading and writing checkpoints: every format gives the same arrays, every damage is named."""
+
+import json
+import os
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
+from safetensors.torch import save_file as save_torch
+from transformers import LlamaForCausalLM
+
+from llama import reference
+from llama.checkpoints import open_checkpoint
+from llama.checkpoints.huggingface import save_folder
+
+PARAMS = random_params()
+IDS = np.array([[1, 5, 7, 2]])
+
+
+def assert_same(params, expected=PARAMS):
+    assert params.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(params[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_gives_its_tensors(tmp_path, shards):
+    params, config = reference.load(write_folder(tmp_path, PARAMS, shards=shards))
+    assert_same(params)
+    assert config == reference.Config.from_dict(FIELDS)
+    assert reference.load(tmp_path, dtype=np.float64)[0]["model.norm.weight"].dtype == np.float64
+
+
+def test_stored_tensors_are_mapped_not_copied(tmp_path):
+    params, _ = reference.load(write_folder(tmp_path, PARAMS))
+    assert not any(array.flags.owndata or array.flags.writeable for array in params.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_float_types_are_read(tmp_path, dtype):
+    write_folder(tmp_path, PARAMS)
+    stored = {name: torch.tensor(array).to(dtype) for name, array in PARAMS.items()}
+    save_torch(stored, tmp_path / "model.safetensors")
+    assert_same(reference.load(tmp_path)[0], {name: tensor.float().numpy() for name, tensor in stored.items()})
+
+
+def test_what_transformers_saves_is_loaded(tmp_path):
+    from oracle import miss, transformers_model
+
+    model, params = transformers_model(FIELDS, 3)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded, config = reference.load(tmp_path)
+    assert_same(loaded, params)
+    with torch.no_grad():
+        assert miss(reference.forward(loaded, config, IDS).logits, model(torch.tensor(IDS)).logits.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("quantisation", ["F32", "F16", "Q8_0", "Q4_1", "BF16"])
+def test_gguf_weights_are_dequantised_and_unpermuted(tmp_path, quantisation):
+    kind = gguf.GGMLQuantizationType[quantisation]
+    params, config = reference.load(write_gguf(tmp_path / "m.gguf", PARAMS, quantisation=kind))
+    assert config == reference.Config.from_dict(FIELDS | {"bos_token_id": None, "eos_token_id": None, "head_dim": 16})
+    # Half a step of the quantisation: 8 bits over ±4, 4 bits over ±4, the 11 and 8 bits of float16 and bfloat16.
+    step = {"F32": 0, "F16": 2e-3, "Q8_0": 2e-2, "Q4_1": 0.3, "BF16": 2e-2}[quantisation]
+    for name, array in PARAMS.items():
+        np.testing.assert_allclose(params[name], array, atol=step, rtol=0, err_msg=name)
+
+
+def test_load_save_load(tmp_path):
+    def tokens(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([chr(ord("a") + i) for i in range(12)])
+        writer.add_token_types([1] * 12)
+        writer.add_token_merges([])
+
+    once = open_checkpoint(write_gguf(tmp_path / "m.gguf", PARAMS, extra=tokens))
+    save_folder(once, tmp_path / "folder")
+    assert_same(reference.load(tmp_path / "folder")[0])
+    assert reference.load(tmp_path / "folder")[1] == reference.load(tmp_path / "m.gguf")[1]
+    save_folder(open_checkpoint(tmp_path / "folder"), tmp_path / "again")
+    assert_same(reference.load(tmp_path / "again")[0])
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "folder")
+    assert_same({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+
+
+def test_llama31s_divisors_come_through_gguf(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}  # fmt: skip
+    config = reference.Config.from_dict(FIELDS | {"rope_scaling": scaling})
+    plain, _ = reference.rope_frequencies(reference.Config.from_dict(FIELDS))
+    expected, _ = reference.rope_frequencies(config)
+    divisors = (plain / expected).astype(np.float32)
+    extra = lambda writer: writer.add_tensor("rope_freqs.weight", divisors)  # noqa: E731
+    _, loaded = reference.load(write_gguf(tmp_path / "m.gguf", PARAMS, extra=extra))
+    for length in (1, 1000):
+        frequencies, factor = reference.rope_frequencies(loaded, length)
+        np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
+        assert factor == 1.0
+
+
+def test_linear_and_yarn_come_through_gguf(tmp_path):
+    def scaled(kind):
+        def extra(writer):
+            writer.add_rope_scaling_type(kind)
+            writer.add_rope_scaling_factor(4.0)
+            writer.add_rope_scaling_orig_ctx_len(8)
+
+        return reference.load(write_gguf(tmp_path / f"{kind}.gguf", PARAMS, extra=extra))[1].rope_parameters
+
+    assert scaled(gguf.RopeScalingType.LINEAR) == {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    yarn = scaled(gguf.RopeScalingType.YARN)
+    assert yarn["original_max_position_embeddings"] == 8
+    with pytest.raises(ValueError, match="longrope"):
+        scaled(gguf.RopeScalingType.LONGROPE)
+
+
+def test_a_tensor_nobody_uses_is_mentioned(tmp_path):
+    write_folder(tmp_path, PARAMS | {"model.extra.weight": np.ones(3, np.float32)})
+    with pytest.warns(UserWarning, match=r"1 tensors are not used, among them model\.extra\.weight"):
+        reference.load(tmp_path)
+    write_folder(tmp_path, PARAMS | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)})
+    assert_same(reference.load(tmp_path)[0])  # which old checkpoints carry, and nobody needs to hear of
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path):
+    class Broken:
+        names = ("one", "two")
+        config = generation_config = {}  # noqa: RUF012
+        path = tmp_path
+
+        def tokenizer(self):
+            return open_checkpoint("smollm2").tokenizer()
+
+        def read(self, name):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_folder(Broken(), tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+# --- damage ---
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def header(path, change):
+    """Rewrite a safetensors header."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    head = json.loads(data[8 : 8 + length])
+    change(head)
+    text = json.dumps(head).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def put(name, data):
+    """A damage that puts `data` in the place of a file."""
+    return lambda folder: (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def keep(part):
+    """A damage that keeps only a slice of the weights' bytes."""
+    return lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[part])
+
+
+def edit(change):
+    """A damage to the weights' header."""
+    return lambda folder: header(folder / "model.safetensors", change)
+
+
+def configure(**fields):
+    return put("config.json", json.dumps(FIELDS | fields))
+
+
+NORM = "model.norm.weight"
+DAMAGED = r"model\.safetensors is damaged"
+DAMAGE = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+    "config not JSON": (put("config.json", "{"), r"config\.json is not valid JSON"),
+    "config not UTF-8": (put("config.json", b'{"a": "\xff"}'), r"config\.json is not valid JSON"),
+    "config a list": (put("config.json", "[]"), r"config\.json holds a list"),
+    "config too deep": (put("config.json", "[" * 100_000), r"config\.json is not valid JSON"),
+    "another architecture": (configure(model_type="gpt2"), "model_type is 'gpt2'"),
+    "another size": (configure(intermediate_size=33), r"gate_proj\.weight has shape \(32, 64\).* asks for \(33, 64\)"),
+    "endless layers": (configure(num_hidden_layers=10**15), r"model\.layers\.2\.\S+ is missing"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "truncated": (keep(slice(-5)), DAMAGED),
+    "cut in the header": (keep(slice(99)), DAMAGED),
+    "empty file": (put("model.safetensors", b""), DAMAGED),
+    "garbage": (put("model.safetensors", b"\xff" * 999), DAMAGED),
+    "missing tensor": (edit(lambda h: h.update(x=h.pop(NORM))), r"the tensor model\.norm\.weight is missing"),
+    "overlapping offsets": (edit(lambda h: h[NORM].update(data_offsets=[0, 256])), DAMAGED),
+    "unreadable type": (edit(lambda h: h[NORM].update(dtype="I32")), r"model\.norm\.weight is stored as I32"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_named(tmp_path, damage):
+    change, message = DAMAGE[damage]
+    change(write_folder(tmp_path / "model", PARAMS))
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        reference.load(tmp_path / "model")
+    assert str(tmp_path) in str(caught.value)
+
+
+def point_to(file):
+    """A damage to the index: the norm is said to be in `file`."""
+    return lambda index: index["weight_map"].update({NORM: file})
+
+
+INDEX_DAMAGE = {
+    "outside": (point_to("../other.safetensors"), "outside its own folder"),
+    "absolute": (point_to("/etc/passwd"), "outside its own folder"),
+    "shard missing": (point_to("gone.safetensors"), "gone.safetensors does not exist"),
+    "wrong shard": (point_to("model-00001-of-00003.safetensors"), "which does not hold it"),
+    "no map": (lambda index: index.pop("weight_map"), "has no weight_map"),
+    "map of numbers": (lambda index: index.update(weight_map={NORM: 3}), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE)
+def test_a_damaged_index_is_named(tmp_path, damage):
+    change, message = INDEX_DAMAGE[damage]
+    params = dict(sorted(PARAMS.items(), key=lambda item: item[0] == "model.norm.weight"))  # norm in the last shard
+    folder = write_folder(tmp_path / "model", params, shards=3)
+    edit_index(folder, change)
+    with pytest.raises((ValueError, OSError), match=message):
+        reference.load(folder)
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder with config\.json"):
+        reference.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        reference.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"notes\.txt is not a model"):
+        reference.load(tmp_path / "notes.txt")
+
+
+def test_a_damaged_gguf_is_named(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf", PARAMS).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [b"", b"GGUF", rng.bytes(5000), b"GGUF" + rng.bytes(5000), whole[:-50]]
+    damaged += [whole[: int(cut)] for cut in rng.integers(0, len(whole), 40)]
+    for number, data in enumerate(damaged):
+        path = tmp_path / f"{number}.gguf"
+        path.write_bytes(data)
+        with pytest.raises((ValueError, OSError), match=rf"{number}\.gguf"):
+            reference.load(path)
+
+
+def test_a_gguf_that_is_no_llama_or_lacks_something_is_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"other\.gguf holds a model of architecture 'gpt2'"):
+        reference.load(tmp_path / "other.gguf")
+    lacking = {name: array for name, array in PARAMS.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        reference.load(write_gguf(tmp_path / "lacking.gguf", lacking))

