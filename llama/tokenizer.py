@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -83,9 +84,9 @@ class LlamaTokenizerFast:
             raise ValueError(f"text must be a string, got {type(text).__name__}")
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: int | np.integer | Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`. Bytes that make no character become U+FFFD."""
-        numbers = [ids] if isinstance(ids, int) else [int(i) for i in ids]
+        numbers = [int(ids)] if isinstance(ids, int | np.integer) else [int(i) for i in ids]
         if wrong := [i for i in numbers if not 0 <= i < len(self)]:
             raise ValueError(f"ids must lie in 0 ... {len(self) - 1}, got {wrong[0]}")
         return self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens)

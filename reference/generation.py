@@ -10,7 +10,7 @@ from .config import Config
 from .model import Params, forward
 from .sampling import GREEDY, Sampler
 
-PREFILL_CHUNK = 512  # tokens of the prompt at a time: scores take chunk × length numbers per head, not length²
+PREFILL_CHUNK = 256  # tokens of the prompt at a time: scores take chunk × length numbers per head, not length²
 
 
 def generate(

