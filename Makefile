@@ -7,7 +7,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
+export TORCH ?= auto
+READY := .venv/.ready-$(TORCH)
 export PROMPT ?= What is the capital of France?
 BACKEND ?= auto
 

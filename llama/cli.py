@@ -26,12 +26,12 @@ def model_options(command: Any) -> Any:
     """The options that `generate` and `chat` share."""
     for option in (
         click.option("--seed", type=click.IntRange(0), help="Draw the same tokens every time."),
-        click.option("--repetition-penalty", default=1.0, help="Above 1 avoids what was said."),
-        click.option("--min-p", default=0.0, help="Drop what is this much less likely than the best."),
-        click.option("--top-p", default=1.0, help="Draw from the likeliest tokens up to this mass."),
-        click.option("--top-k", type=int, help="Draw from so many likeliest tokens."),
+        click.option("--repetition-penalty", default=1.0, help="Above 1 makes tokens of the text so far less likely."),
+        click.option("--min-p", default=0.0, help="Drop tokens below this fraction of the best probability."),
+        click.option("--top-p", default=1.0, help="Draw from the fewest tokens that reach this probability."),
+        click.option("--top-k", type=int, help="Draw from this many likeliest tokens."),
         click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 draws."),
-        click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="Stop after so many."),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="The longest answer."),
         click.option("--backend", type=BACKENDS, default="auto", help="What computes; auto is reference for now."),
         click.option("--model", "-m", default="smollm2", metavar="MODEL", help="The model to use."),
     ):
@@ -105,8 +105,13 @@ def chat(system: str | None, **options: Any) -> None:
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
             click.echo(" ...", nl=False)
+        except ValueError as error:  # the conversation has grown too long, or the template refuses it
+            click.echo(f"llama: {error}", err=True)
+        if pieces:
+            messages.append({"role": "assistant", "content": "".join(pieces)})
+        else:
+            messages.pop()  # what was not answered was not said
         click.echo()
-        messages.append({"role": "assistant", "content": "".join(pieces)})
     if sys.stdin.isatty():
         click.echo()
 

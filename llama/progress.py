@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -14,7 +14,6 @@ def on_terminal() -> bool:
 
 def progress(items: Iterable, what: str, unit: str) -> tqdm:
     """`items` behind a bar on standard error, which leaves no trace when done and does not show in a pipe."""
-    total = len(items) if isinstance(items, Sized) else None
     width, height = shutil.get_terminal_size()  # 80 × 24 where the terminal does not say: tqdm would show nothing
     off = not on_terminal()
-    return tqdm(items, what, total, unit=f" {unit}", ncols=width, nrows=height, leave=False, disable=off)
+    return tqdm(items, what, unit=f" {unit}", ncols=width, nrows=height, leave=False, disable=off)

@@ -29,8 +29,9 @@ class Session:
         self.eos_token_id = checkpoint.generation_config.get("eos_token_id", self.config.eos_token_id)
         self.max_new_tokens, self.sampler = max_new_tokens, sampler
         self.cache = reference.KVCache(self.config.num_hidden_layers)
-        self.read: list[int] = []  # the ids whose keys and values the cache holds
-        self.first, self.rest, self.counts = 0.0, 0.0, (0, 0)
+        self.ids: list[int] = []  # read and written so far; the cache holds a beginning of them
+        self.seconds_to_first = self.seconds_after = 0.0
+        self.tokens_read = self.tokens_written = 0
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         """The ids of a conversation that waits for the assistant's answer."""
@@ -49,28 +50,31 @@ class Session:
             limit = self.config.max_position_embeddings
             raise ValueError(f"the text has {len(ids)} tokens, more than the {limit} this model was made for")
         shared = 0
-        while shared < min(len(self.read), len(ids) - 1) and self.read[shared] == ids[shared]:
+        while shared < min(self.cache.length, len(ids) - 1) and self.ids[shared] == ids[shared]:
             shared += 1
-        self.cache.crop(min(shared, self.cache.length))
-        self.read = list(ids)
-        text, count, started = TextStream(self.tokenizer), 0, time.perf_counter()
+        self.cache.crop(shared)
+        self.ids = list(ids)
+        self.tokens_read, self.tokens_written = len(ids) - shared, 0
+        text, start = TextStream(self.tokenizer), time.perf_counter()
         stream = reference.stream(
             self.params, self.config, np.array([ids]), self.max_new_tokens, self.eos_token_id,
             sampler=self.sampler, cache=self.cache,
         )  # fmt: skip
-        for count, token in enumerate(stream, start=1):
+        for (token,) in stream:
             now = time.perf_counter()
-            if count == 1:
-                self.first, begun = now - started, now
-            self.rest, self.counts = now - begun, (len(ids) - shared, count)
-            self.read.append(int(token[0]))
-            if piece := text.put(int(token[0])):
+            if self.tokens_written == 0:
+                self.seconds_to_first = now - start
+            self.seconds_after = now - start - self.seconds_to_first
+            self.tokens_written += 1
+            self.ids.append(int(token))
+            if piece := text.put(token):
                 yield piece
         if piece := text.end():
             yield piece
 
     def report(self) -> str:
         """How fast the last answer came."""
-        read, written = self.counts
-        rate = f"{(written - 1) / self.rest:.1f} tokens/s" if written > 1 else "one step"
-        return f"[{written} tokens, {rate}; prompt of {read} tokens in {self.first:.1f} s]"
+        steps = self.tokens_written - 1
+        rate = f"{steps / self.seconds_after:.1f} tokens/s" if steps else "no more than one step"
+        reading = f"prompt of {self.tokens_read} tokens in {self.seconds_to_first:.1f} s"
+        return f"[{self.tokens_written} tokens, {rate}; {reading}]"

@@ -27,6 +27,11 @@ class LlamaTokenizerFast:
         config: the contents of tokenizer_config.json: special tokens, chat template and the like.
     """
 
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any] | None = None):
         self._tokenizer = tokenizer
         self._config = dict(config or {})
@@ -34,11 +39,6 @@ class LlamaTokenizerFast:
             token = self._config.get(name)  # a string, or an object that says more of the same token
             setattr(self, name, token.get("content") if isinstance(token, dict) else token)
         self.chat_template = self._config.get("chat_template")
-
-    bos_token: str | None
-    eos_token: str | None
-    unk_token: str | None
-    pad_token: str | None
 
     @classmethod
     def from_pretrained(cls, where: str | os.PathLike[str]) -> "LlamaTokenizerFast":
@@ -117,7 +117,7 @@ class LlamaTokenizerFast:
             text = _environment().from_string(self.chat_template).render(
                 messages=conversation, add_generation_prompt=add_generation_prompt, **(names | template_variables)
             )  # fmt: skip
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is somebody else's program: it can fail in any way
             raise ValueError(f"the chat template fails on this conversation: {error}") from error
         return self.encode(text, add_special_tokens=False) if tokenize else text
 

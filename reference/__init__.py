@@ -3,6 +3,7 @@
 Read it in this order, an hour in all:
 
     norm          RMSNorm
+    config        the numbers that make a model; to look things up in
     rope          rotary position embedding, all six types
     attention     who sees whom; grouped-query attention
     feed_forward  the gated MLP and its activations
@@ -11,15 +12,16 @@ Read it in this order, an hour in all:
     generation    writing, with `sampling` to choose the words
     loss          and `gradients`, the backward passes
     flash         attention once more, block by block: the bridge to the kernels
+    loading       from files to arrays
 
 One alphabet throughout, in shape annotations (which the tests execute), comments and kernels. Sizes are capitals:
 
     B batch           T new tokens (queries)    S all tokens seen (keys)
     H query heads     K key/value heads         G = H / K, the query heads of a group
-    D head_dim        E hidden_size             F intermediate_size         V vocab_size
+    D head_dim        E hidden_size             F intermediate_size         V vocab_size        half = D / 2
 
 Everything is a pure function of arrays; weights are arguments. It computes in the type it is given: float32 to run,
-float64 to judge others by.
+float64 to judge others by. Only RoPE's tables are float32 always.
 """
 
 from .attention import attention, attention_weights, causal_visibility, decode_attention, softmax

@@ -42,8 +42,9 @@ def attention_weights(
 ) -> Float[np.ndarray, "B H T S"]:
     """softmax_s(q_t · k_s / √D), over the keys that query t sees.
 
-    Query head h reads key/value head h // G, G = H / K (Ainslie et al. 2023, §2.2): the query heads of a group lie
-    next to each other, so folding them into the time axis lets one product with the shared key serve all of them.
+    Query head h reads key/value head h // G, with G = H / K heads to a group (Ainslie et al. 2023, §2.2, where G counts
+    the groups; that neighbours make a group is the checkpoints' convention). Folding a group's heads into the time
+    axis lets one product with the shared key serve all of them.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
@@ -51,6 +52,13 @@ def attention_weights(
     scores = scores.reshape(B, H, T, S)
     np.copyto(scores, -np.inf, where=~visible[:, None])
     return softmax(scores)
+
+
+def weigh(weights: Float[np.ndarray, "B H T S"], v: Float[np.ndarray, "B K S D"]) -> Float[np.ndarray, "B H T D"]:
+    """Σ_s weights[t, s] v_s, with each value head shared by its group as in `attention_weights`."""
+    B, H, T, S = weights.shape
+    K, D = v.shape[1], v.shape[3]
+    return (weights.reshape(B, K, H // K * T, S) @ v).reshape(B, H, T, D)
 
 
 def attention(
@@ -69,19 +77,15 @@ def attention(
     return weigh(attention_weights(q, k, visible), v)
 
 
-def weigh(weights: Float[np.ndarray, "B H T S"], v: Float[np.ndarray, "B K S D"]) -> Float[np.ndarray, "B H T D"]:
-    """Σ_s weights[t, s] v_s, with each value head shared by its group as in `attention_weights`."""
-    B, H, T, S = weights.shape
-    K, D = v.shape[1], v.shape[3]
-    return (weights.reshape(B, K, H // K * T, S) @ v).reshape(B, H, T, D)
-
-
 def decode_attention(
     q: Float[np.ndarray, "B H 1 D"],
     k_cache: Float[np.ndarray, "B K S D"],
     v_cache: Float[np.ndarray, "B K S D"],
     lengths: Int[np.ndarray, "B"],
 ) -> Float[np.ndarray, "B H 1 D"]:
-    """One new token per row against a cache of which row b has filled the first `lengths[b]` places."""
+    """One new token per row against a cache of which row b has filled the first `lengths[b]` places.
+
+    The model here has no need of it; a kernel for this one shape has.
+    """
     visible = np.arange(k_cache.shape[2]) < lengths[:, None, None]  # (B, 1, S)
     return attention(q, k_cache, v_cache, visible)

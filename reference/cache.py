@@ -23,8 +23,8 @@ class KVCache:
 
     @property
     def batch_size(self) -> int | None:
-        """Rows of the batch, None before the first token."""
-        return None if self._layers[0] is None else self._layers[0][0].shape[0]
+        """Rows of the batch, None while there is no token."""
+        return self._layers[0][0].shape[0] if self.length and self._layers[0] else None
 
     def append(
         self, layer: int, k: Float[np.ndarray, "B K T D"], v: Float[np.ndarray, "B K T D"]
@@ -35,9 +35,10 @@ class KVCache:
         """
         B, K, T, D = k.shape
         end = self.length + T
-        held = self._layers[layer]
+        held = self._layers[layer] if self.length else None  # without a token, what lies there is of another text
         if held is None or held[0].shape[2] < end:
-            grown = [np.empty((B, K, max(2 * self.length, end, 64), D), k.dtype) for _ in "kv"]
+            room = max(2 * self.length, end, 64)  # 64: short texts never grow
+            grown = [np.empty((B, K, room, D), k.dtype) for _ in range(2)]
             if held is not None:
                 for new, old in zip(grown, held, strict=True):
                     new[:, :, : self.length] = old[:, :, : self.length]
@@ -52,7 +53,7 @@ class KVCache:
         self.length += tokens
 
     def crop(self, length: int) -> None:
-        """Forget all tokens from place `length` on."""
+        """Forget all tokens from place `length` on; a ValueError if there are not so many."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length

@@ -11,7 +11,7 @@ from .feed_forward import ACTIVATIONS
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # documented, but nobody reads it
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # accepted; transformers reads it nowhere
     "yarn": (
         {"factor"},
         {
@@ -37,8 +37,7 @@ class Config:
     `hidden_size // num_attention_heads`. `rope_parameters` is transformers 5's spelling; `from_dict` also takes
     4.x's `rope_theta` and `rope_scaling`. A value that cannot work raises a `ValueError` that names its field.
 
-    The fields from `initializer_range` to `pretraining_tp` shape training or exact reproduction of it; they are
-    checked, kept and do not change what `forward` computes.
+    The fields from `bos_token_id` on are checked and kept, and do not change what `forward` computes.
     """
 
     vocab_size: int = 32000
@@ -116,7 +115,7 @@ class Config:
 
         if kind in ("yarn", "longrope", "llama3"):
             original = rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-            _check_positive_int("rope_parameters['original_max_position_embeddings']", original)
+            _check_positive_int("rope_parameters['original_max_position_embeddings']", original, low=2)
             if kind != "llama3" and original != self.max_position_embeddings:
                 rope.setdefault("factor", self.max_position_embeddings / original)
         required, optional = ROPE_KEYS[kind]
@@ -195,9 +194,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_positive_int(name: str, value: Any) -> None:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def _check_positive_int(name: str, value: Any, low: int = 1) -> None:
+    if not _is_int(value) or value < low:
+        wanted = "a positive integer" if low == 1 else f"an integer of at least {low}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _check_number(name: str, value: Any, low=-math.inf, high=math.inf, above=-math.inf) -> None:

@@ -9,6 +9,15 @@ from jaxtyping import Float
 Array = Float[np.ndarray, "..."]
 
 
+def linear(x: Float[np.ndarray, "*batch I"], params: dict, name: str) -> Float[np.ndarray, "*batch O"]:
+    """W x (+ b). Checkpoints store W as (out, in), so every row of x meets every row of W."""
+    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+    y = x.reshape(-1, x.shape[-1]) @ weight.T  # all tokens of the batch in one product: W is read once
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], -1)
+
+
 def sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x). Where e^-x overflows to infinity the quotient is 0, which is right."""
     with np.errstate(over="ignore"):
@@ -16,7 +25,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """x · sigmoid(x), also called swish                        (Elfwing et al. 2017; Hendrycks & Gimpel 2016)"""
+    """x · sigmoid(x), also called swish                        (Hendrycks & Gimpel 2016; Elfwing et al. 2017)"""
     return x * sigmoid(x)
 
 
@@ -36,7 +45,7 @@ def mish(x: Array) -> Array:
     return x * np.tanh(np.logaddexp(0, x))
 
 
-# `hidden_act`, by the names transformers gives. Meta's models all say silu.
+# `hidden_act`: the functions without parameters of their own, by transformers' names. Meta's models all say silu.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": silu,
     "swish": silu,
@@ -62,23 +71,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def swiglu(gate: Float[np.ndarray, "*batch F"], up: Float[np.ndarray, "*batch F"]) -> Float[np.ndarray, "*batch F"]:
-    """silu(gate) · up: one projection decides how much of the other passes    (Shazeer 2020, eq. 6)"""
+    """silu(gate) · up: one projection decides how much of the other passes    (Shazeer 2020, eq. 5, no biases)"""
     return silu(gate) * up
 
 
 def feed_forward(
     x: Float[np.ndarray, "*batch E"], params: dict, prefix: str, hidden_act: str
 ) -> Float[np.ndarray, "*batch E"]:
-    """W_down (act(W_gate x) · (W_up x)); `prefix` is e.g. "model.layers.0.mlp"."""
+    """W_down (act(W_gate x) · (W_up x))                                        (Shazeer 2020, eq. 6, for silu)
+
+    `prefix` names the weights, e.g. "model.layers.0.mlp".
+    """
     gate, up = linear(x, params, f"{prefix}.gate_proj"), linear(x, params, f"{prefix}.up_proj")
-    hidden = swiglu(gate, up) if ACTIVATIONS[hidden_act] is silu else ACTIVATIONS[hidden_act](gate) * up
+    hidden = ACTIVATIONS[hidden_act](gate) * up  # with silu this is swiglu(gate, up)
     return linear(hidden, params, f"{prefix}.down_proj")
-
-
-def linear(x: Float[np.ndarray, "*batch I"], params: dict, name: str) -> Float[np.ndarray, "*batch O"]:
-    """W x (+ b). Checkpoints store W as (out, in), so every row of x meets every row of W."""
-    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-    y = x.reshape(-1, x.shape[-1]) @ weight.T  # all tokens of the batch in one product: W is read once
-    if bias is not None:
-        y += bias
-    return y.reshape(*x.shape[:-1], -1)

@@ -16,20 +16,20 @@ def flash_attention(
     block_q: int = 64,
     block_k: int = 64,
 ) -> Float[np.ndarray, "B H T D"] | tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B H T"]]:
-    """`attention`, block of keys by block of keys       (Milakov & Gimelshein 2018; Dao et al. 2022, alg. 1)
+    """`attention`, block of keys by block of keys  (Milakov & Gimelshein 2018; Dao et al. 2022; Dao 2023, alg. 1)
 
     A softmax over keys that arrive in pieces needs only three things per query: the largest score so far m, the sum
     of exponentials so far l, and the weighted sum of values so far. When a block raises the maximum from m to m',
     what was summed before is worth exp(m - m') of what it was:
 
-        l' = exp(m - m') l + Σ exp(s - m')          acc' = exp(m - m') acc + Σ exp(s - m') v
+        l' = exp(m - m') l + Σ exp(score - m')          acc' = exp(m - m') acc + Σ exp(score - m') v
 
     and acc / l at the end is the output. Nothing of size T × S exists at any time.
 
     Args:
         causal: query t, standing at place `offset` + t, sees the keys up to its own place; else it sees all.
-        starts, lengths: row b's keys are those at starts[b] <= s < lengths[b] (default: all S): left padding is a
-            start above 0, right padding a length below S.
+        starts, lengths: row b's keys are those at starts[b] <= s < lengths[b] (default: all S). Left padding is a
+            start above 0, right padding a length below S; both count from place 0.
         offset: the place of query 0 among the keys (default S - T: the queries are the last T tokens).
         return_lse: also return m + ln l, the log of each query's sum of exponentials (-∞ where it sees nothing),
             with which outputs over different keys can be combined and the backward pass finds its softmax again.
@@ -56,12 +56,12 @@ def flash_attention(
                 last = min(int(lengths[b]), offset + t1) if causal else int(lengths[b])  # later keys: seen by none
                 for s0 in range(first, last, block_k):
                     s1 = min(s0 + block_k, last)
-                    s = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T
+                    scores = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T  # a group's heads share their key
                     if causal:
-                        s = np.where(np.arange(s0, s1) <= place, s, -np.inf)
-                    m_new = np.maximum(m, s.max(axis=1, keepdims=True))
-                    shift = np.where(np.isneginf(m_new), 0, m_new)  # a query that has seen nothing yet
-                    p, rescale = np.exp(s - shift), np.exp(m - shift)
+                        scores = np.where(np.arange(s0, s1) <= place, scores, -np.inf)
+                    m_new = np.maximum(m, scores.max(axis=1, keepdims=True))
+                    shift = np.where(np.isneginf(m_new), 0, m_new)  # nothing seen yet: -∞ - (-∞) would be NaN
+                    p, rescale = np.exp(scores - shift), np.exp(m - shift)
                     l = rescale * l + p.sum(axis=1, keepdims=True)  # noqa: E741
                     acc = rescale * acc + p @ v[b, h // G, s0:s1]
                     m = m_new

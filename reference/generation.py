@@ -10,7 +10,7 @@ from .config import Config
 from .model import Params, forward
 from .sampling import GREEDY, Sampler
 
-PREFILL_CHUNK = 256  # tokens of the prompt at a time: scores take chunk × length numbers per head, not length²
+PREFILL_CHUNK = 256  # tokens of a prompt at a time: scores take chunk × length numbers per head, not length²
 
 
 def generate(
@@ -27,13 +27,16 @@ def generate(
     """The prompts and what the model writes after them, (batch, length).
 
     Args:
-        input_ids: (B, T) prompts, shorter ones padded on the left.
+        input_ids: (B, T) integers, the prompts; shorter ones are padded on the left.
         max_new_tokens: stop after so many, at the latest.
         eos_token_id: a row ends with any of these; None never stops. The call returns when all rows have ended.
         attention_mask: (B, T) of 0 (padding) and 1; must be given when there is padding.
         pad_token_id: fills rows that ended before the others (default: the first end token).
         sampler: how tokens are chosen (default: greedy).
         cache: a cache that holds the first tokens of `input_ids` already; they are not computed again.
+
+    Raises:
+        ValueError: as `forward`; or padding on the right, no room for a token, nothing left to read.
     """
     tokens = list(stream(params, config, input_ids, max_new_tokens, eos_token_id, attention_mask, pad_token_id,
                          sampler, cache))  # fmt: skip
@@ -60,14 +63,16 @@ def stream(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ends = [] if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
     pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
-    mask = np.ones((B, T), np.int64) if attention_mask is None else np.asarray(attention_mask).astype(np.int64)
+    mask = np.ones((B, T), np.int64) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != (B, T):
         raise ValueError(f"attention_mask must be {(B, T)}, as input_ids, got {mask.shape}")
     if not mask[:, -1].all():
         raise ValueError("generation continues the last token: pad prompts on the left (attention_mask ends with 0)")
     cache = KVCache(config.num_hidden_layers) if cache is None else cache
     if cache.length >= T:
-        raise ValueError(f"the cache holds {cache.length} tokens; input_ids must go on from them, got {T}")
+        raise ValueError(
+            f"the cache holds {cache.length} tokens; input_ids must hold those and at least one more, got {T}"
+        )
     return _steps(params, config, text, mask, max_new_tokens, ends, pad, sampler, cache)
 
 
@@ -82,11 +87,15 @@ def _steps(
     sampler: Sampler,
     cache: KVCache,
 ) -> Iterator[Int[np.ndarray, "B"]]:
+    """Apart from `stream`, so that wrong arguments raise at the call and not at the first token."""
     rng = np.random.default_rng(sampler.seed)
     running = np.ones(len(text), bool)
+    # Dynamic and longrope choose their angles by the text's length; read in chunks, the first would get other angles.
+    by_length = config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+    chunk = text.shape[1] if by_length else PREFILL_CHUNK
     for _ in range(max_new_tokens):
-        for start in range(cache.length, text.shape[1], PREFILL_CHUNK):  # the prompt; later the one new token
-            end = start + PREFILL_CHUNK
+        for start in range(cache.length, text.shape[1], chunk):  # the prompt; later the one new token
+            end = start + chunk
             logits = forward(params, config, text[:, start:end], mask[:, :end], cache=cache, logits_to_keep=1).logits
         token = np.where(running, sampler.pick(logits[:, -1], rng, text, mask), pad)
         yield token

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from .attention import attention_weights
 from .feed_forward import sigmoid
-from .loss import log_softmax
+from .loss import judged, log_softmax
 from .rope import rotate_half
 
 
@@ -66,6 +66,8 @@ def attention_backward(
 
         dv = Pᵀ do,   dP = do vᵀ,   dS = P · (dP - rowsum(P · dP)),   dq = dS k / √D,   dk = dSᵀ q / √D
 
+    P are the attention weights, S the scores before the softmax.
+
     A key/value head collects from all query heads of its group. What saw nothing has P = 0 and gives and gets nothing.
     """
     B, H, T, D = q.shape
@@ -75,16 +77,22 @@ def attention_backward(
     do = dout.reshape(*grouped, D)
     dv = P.swapaxes(-1, -2) @ do
     dP = do @ v.swapaxes(-1, -2)
-    dS = P * (dP - (P * dP).sum(axis=-1, keepdims=True)) * D**-0.5
-    dk = dS.swapaxes(-1, -2) @ q.reshape(*grouped, D)
-    return (dS @ k).reshape(q.shape), dk, dv
+    dS = P * (dP - (P * dP).sum(axis=-1, keepdims=True))
+    dq = (dS @ k).reshape(q.shape) * D**-0.5
+    dk = dS.swapaxes(-1, -2) @ q.reshape(*grouped, D) * D**-0.5
+    return dq, dk, dv
 
 
 def cross_entropy_backward(
     logits: Float[np.ndarray, "*batch V"], labels: Int[np.ndarray, "*batch"], ignore_index: int = -100
 ) -> Float[np.ndarray, "*batch V"]:
-    """dlogits of `cross_entropy`: (softmax(logits) - onehot(label)) / n over the n judged positions, 0 elsewhere."""
-    counted = labels != ignore_index
+    """dlogits of `cross_entropy`, for a gradient of 1 from above.
+
+        dlogits = (softmax(logits) - onehot(label)) / n     over the n judged positions
+
+    0 elsewhere, and everywhere when nothing is judged (where the loss is NaN). Raises as `cross_entropy` does.
+    """
+    counted = judged(labels, logits.shape[-1], ignore_index)
     dlogits = np.zeros_like(logits)
     dlogits[counted] = np.exp(log_softmax(logits[counted]))
     dlogits[(*np.nonzero(counted), labels[counted])] -= 1

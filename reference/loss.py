@@ -1,13 +1,22 @@
 """The training loss: how surprised the model is by what came next."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 def log_softmax(logits: Float[np.ndarray, "*batch V"]) -> Float[np.ndarray, "*batch V"]:
     """x - ln Σ exp(x), shifted by the maximum so that nothing overflows."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def judged(labels: Int[np.ndarray, "*batch"], vocab_size: int, ignore_index: int) -> Bool[np.ndarray, "*batch"]:
+    """Which labels count: all but `ignore_index`. A ValueError if one of them lies outside the vocabulary."""
+    counted = labels != ignore_index
+    wrong = counted & ((labels < 0) | (labels >= vocab_size))
+    if wrong.any():
+        raise ValueError(f"labels must be {ignore_index} or lie in 0 ... {vocab_size - 1}, got {labels[wrong][0]}")
+    return counted
 
 
 def cross_entropy(
@@ -18,11 +27,7 @@ def cross_entropy(
     Raises:
         ValueError: a label lies outside the vocabulary.
     """
-    counted = labels != ignore_index
-    wrong = counted & ((labels < 0) | (labels >= logits.shape[-1]))
-    if wrong.any():
-        last = logits.shape[-1] - 1
-        raise ValueError(f"labels must be {ignore_index} or lie in 0 ... {last}, got {labels[wrong][0]}")
+    counted = judged(labels, logits.shape[-1], ignore_index)
     if not counted.any():
         return logits.dtype.type(np.nan)
     picked = np.take_along_axis(log_softmax(logits[counted]), labels[counted][:, None], axis=-1)
@@ -32,7 +37,11 @@ def cross_entropy(
 def causal_lm_loss(
     logits: Float[np.ndarray, "B T V"], labels: Int[np.ndarray, "B T"], ignore_index: int = -100
 ) -> np.floating:
-    """Cross-entropy of each token's logits against the next token; `labels` are the input ids, or -100."""
+    """Cross-entropy of each token's logits against the next token.
+
+    `labels` are the input ids, with `ignore_index` where a token should not count, padding above all. A single token
+    has no next one: NaN.
+    """
     return cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index)
 
 

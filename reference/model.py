@@ -23,11 +23,13 @@ Params = dict[str, np.ndarray]
 class Output(NamedTuple):
     """What `forward` gives.
 
+    logits: next-token scores, of the last `logits_to_keep` positions where that was given.
+    cache: the `KVCache` that holds these tokens now, the one that was handed in or a new one.
     hidden_states: the input of every block (B, T, E), then the final norm's output: num_hidden_layers + 1 arrays.
     attentions: the weights (B, H, T, S) of every block. Both are None unless asked for.
     """
 
-    logits: Float[np.ndarray, "B T V"]
+    logits: Float[np.ndarray, "B kept V"]
     cache: KVCache
     hidden_states: tuple[Float[np.ndarray, "B T E"], ...] | None
     attentions: tuple[Float[np.ndarray, "B H T S"], ...] | None
@@ -60,7 +62,7 @@ def self_attention(
 
     q, k = apply_rope(heads("q_proj"), heads("k_proj"), *tables)
     keys, values = cache.append(layer, k, heads("v_proj"))
-    weights = attention_weights(q, keys, visible)
+    weights = attention_weights(q, keys, visible)  # attention() in its two steps: the weights may be asked for
     out = weigh(weights, values).swapaxes(1, 2).reshape(B, T, -1)  # (B, T, H · D); H · D need not be E
     return linear(out, params, f"{prefix}.o_proj"), weights
 
@@ -74,8 +76,11 @@ def block(
     visible: Bool[np.ndarray, "#B T S"],
     cache: KVCache,
 ) -> tuple[Float[np.ndarray, "B T E"], Float[np.ndarray, "B H T S"]]:
-    """x += attention(norm(x)); x += feed_forward(norm(x)). The norms stand inside the branches: x itself is never
-    normalised on its way up, which is what lets deep stacks train (Touvron et al. 2023, §2.2)."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)).
+
+    The norms stand inside the branches; x itself is never normalised on its way up, which keeps the training of deep
+    stacks stable (Touvron et al. 2023, §2.2).
+    """
     prefix = f"model.layers.{layer}"
     normed = rms_norm(x, params[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
     attended, weights = self_attention(normed, params, layer, config, tables, visible, cache)
@@ -97,7 +102,7 @@ def decoder(
 ) -> DecoderOutput:
     """Everything below the head: transformers' `LlamaModel`. Arguments as in `forward`."""
     cache = KVCache(config.num_hidden_layers) if cache is None else cache
-    if cache.length == 0:
+    if cache.length == 0:  # once per text
         check_params(params, config)
     x = _embed(params, config, input_ids, inputs_embeds)
     B, T, _ = x.shape
@@ -133,13 +138,13 @@ def forward(
     """Next-token logits for every token: transformers' `LlamaForCausalLM`.
 
     Args:
-        input_ids: (B, T) token ids; or `inputs_embeds`: (B, T, E) vectors in their place.
+        input_ids: (B, T) integers; or `inputs_embeds`: (B, T, E) vectors in their place.
         attention_mask: (B, S) of 0 (padding) and 1, S counting the cached tokens too. Default: no padding.
-        position_ids: (B, T) or (1, T). Default: they count the tokens that the mask shows, so padding on the left
-            shifts nothing; transformers' forward counts the padding too, its generate does as here.
+        position_ids: (B, T) or (1, T). Default: each row counts its own unmasked tokens from 0, as transformers'
+            generate does (its bare forward counts padding too).
         cache: a `KVCache` from an earlier call, which holds the tokens before these; it is filled in place.
-        logits_to_keep: compute only the last so many positions' logits; 0 computes all. At 49,152 words a prompt's
-            logits take more memory than anything else, and generation reads the last.
+        logits_to_keep: compute only the last so many positions' logits; 0 computes all. For 512 tokens and a
+            vocabulary of 49,152 all are 100 MB in float32, of which generation reads one row.
 
     Raises:
         ValueError: an argument or a tensor of `params` is missing or of the wrong shape, an id out of range.
@@ -152,7 +157,7 @@ def forward(
 
 
 def lm_head(params: Params, config: Config, x: Float[np.ndarray, "B T E"]) -> Float[np.ndarray, "B T V"]:
-    """A score for every word. Tied models read the embedding backwards: a word scores by likeness to its vector."""
+    """A score for every token of the vocabulary; tied models score each by the likeness of its embedding."""
     return linear(x, params, "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
 
 
@@ -167,9 +172,15 @@ def classify(
 
     The last token is the rightmost that is not `pad_token_id`. A causal model's other tokens have not seen the whole
     text. Needs `score.weight` (num_labels, E) in `params`.
+
+    Raises:
+        ValueError: as `forward`; or `score.weight` is missing, or a batch comes without a `pad_token_id`.
     """
     if "score.weight" not in params:
         raise ValueError("the tensor score.weight is missing: this is not a sequence classification checkpoint")
+    shape = params["score.weight"].shape
+    if len(shape) != 2 or shape[1] != config.hidden_size:
+        raise ValueError(f"the tensor score.weight must be (labels, {config.hidden_size}), got {shape}")
     x = decoder(params, config, input_ids, attention_mask, position_ids).last_hidden_state
     B, T, _ = x.shape
     if config.pad_token_id is None:

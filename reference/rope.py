@@ -1,13 +1,13 @@
 """Rotary position embedding: how a head knows where its token stands.
 
 A head's D numbers are D/2 points in the plane. At position p, point i is turned by the angle p · θ_i, where
-θ_i = base^(-2i/D), so that early points turn fast and late ones slowly (Su et al. 2021, §3.2.2). A query turned by
-p and a key turned by s then meet in a score that depends on p - s alone.
+θ_i = base^(-2i/D), i from 0, so that early points turn fast and late ones slowly (Su et al. 2021, §3.2.2). A query
+turned by p and a key turned by s then meet in a score that depends on p - s alone.
 
 Which two numbers make a point is a convention. Meta's weights pair neighbours, (0, 1), (2, 3) ...; Hugging Face's
 checkpoints pair the halves, (0, D/2), (1, D/2 + 1) ..., with the rows of the q and k projections permuted to match.
-Both give the same model. Weights of one kind under the rotation of the other write well for about twenty tokens and
-then fall apart. Everything in this project rotates halves; the interleaved form stands here to compare.
+Both give the same model; weights of one kind under the rotation of the other start well and soon fall apart.
+Everything in this project rotates halves; the interleaved form stands here to compare.
 """
 
 import math
@@ -26,14 +26,18 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
 
     - default:  θ_i = base^(-2i/D)                                             (Su et al. 2021)
     - linear:   θ_i / factor: every position is squeezed                       (Chen et al. 2023, §2.3)
-    - dynamic:  a larger base once `length` passes the trained context ("NTK-aware", bloc97 and emozilla 2023)
-    - yarn:     fast points as they are, slow points / factor, a ramp between  (Peng et al. 2023, §3)
-    - longrope: a searched divisor for each point, one list for short and one for long texts (Ding et al. 2024)
-    - llama3:   like yarn's idea, with the ramp in wavelengths                 (Llama 3.1's published code)
+    - dynamic:  base · (factor · n/L - (factor - 1))^(D/(D-2)) once n = `length` passes L, the trained context
+                ("NTK-aware", bloc97 and emozilla 2023; Peng et al. 2023, §3.3)
+    - yarn:     θ_i where fast, θ_i / factor where slow, a ramp over i between (Peng et al. 2023, §3.2; the paper ramps
+                over turns, its code over i); cos and sin times 0.1 ln(factor) + 1 (§3.4)
+    - longrope: θ_i / divisor_i, from one list up to L tokens, from another beyond (Ding et al. 2024); cos and sin times
+                sqrt(1 + ln(factor) / ln L), as in Phi-3's code
+    - llama3:   yarn's blend with the ramp over turns, and no scale            (Llama 3.1's published code)
 
     Args:
         length: tokens in the sequence, that is the largest position + 1. Only dynamic and longrope look at it, and
-            with them the angles of all tokens change as the sequence crosses the bound: keys cached before keep theirs.
+            with them the angles of all tokens change as the sequence crosses the bound. Keys cached before keep theirs,
+            as in transformers; Peng et al. (§3.3) would cache keys unrotated.
     """
     rope, D = config.rope_parameters, config.head_dim
     kind, base, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor", 1.0)
@@ -43,7 +47,7 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
 
     if kind == "dynamic":
         ratio = max(length, config.max_position_embeddings) / config.max_position_embeddings
-        base = base * (factor * ratio - (factor - 1)) ** (D / max(D - 2, 1))
+        base = base * (factor * ratio - (factor - 1)) ** (D / max(D - 2, 1))  # with D = 2 no base matters
     theta = 1 / base**exponent
 
     if kind == "linear":
@@ -65,10 +69,13 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
 
 
 def _yarn(theta: Float[np.ndarray, "half"], rope: dict, trained: int) -> Float[np.ndarray, "half"]:
-    """YaRN's blend: point i counts as fast or slow by the turns it makes over the trained context."""
+    """YaRN's blend: point i counts as fast or slow by the turns it makes over the trained context.
+
+    The bounds, `D - 1` (of D/2 points) among them, are those of the published code; a beta of 0 means the default.
+    """
     D, base = 2 * len(theta), rope["rope_theta"]
 
-    def point_that_turns(times: float) -> float:
+    def point_that_turns(times: float) -> float:  # solves trained · base^(-2i/D) / 2π = times for i
         return D * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = point_that_turns(rope.get("beta_fast") or 32), point_that_turns(rope.get("beta_slow") or 1)
@@ -76,7 +83,7 @@ def _yarn(theta: Float[np.ndarray, "half"], rope: dict, trained: int) -> Float[n
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, D - 1)
     if first == last:
-        last += 0.001
+        last += 0.001  # a ramp of no length would divide by 0
     slow = np.clip((np.arange(D // 2, dtype=np.float32) - first) / (last - first), 0, 1)
     return slow * theta / rope["factor"] + (1 - slow) * theta
 
@@ -95,7 +102,7 @@ def rope_tables(
 ) -> tuple[Float[np.ndarray, "B T D"], Float[np.ndarray, "B T D"]]:
     """cos and sin of every position's angles, float32, laid out for the halves pairing: point i at i and i + D/2.
 
-    Angles are always made from float32 frequencies: in bfloat16 position 2000 would be off by whole turns.
+    Angles are made in float32 whatever the model computes in: bfloat16 holds only every eighth position around 2000.
     """
     theta, scale = rope_frequencies(config, length=int(position_ids.max()) + 1)
     angles = position_ids[..., None].astype(np.float32) * theta  # (B, T, D/2)
@@ -117,7 +124,7 @@ def apply_rope(
 ) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
     """Turn queries and keys by their positions' angles.
 
-    x' = x · cos + rotate_half(x) · sin                        (Su et al. 2021, eq. 34, on halves)
+    x' = x · cos + rotate_half(x) · sin            (Su et al. 2021, eq. 34, with points made of two halves)
     """
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin

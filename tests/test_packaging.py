@@ -1,6 +1,7 @@
 """What pip users get: the wheel and the sdist, each installed alone, run the reference without torch."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,11 +29,11 @@ print(llama.__file__)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder with the wheel and the sdist, the sdist from a copy without git's help."""
-    out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT], capture_output=True, text=True
-    )
+    """The folder with the wheel and the sdist, built from a copy: building leaves files behind."""
+    out, copy = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("copy") / "llama"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy]
+    done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 

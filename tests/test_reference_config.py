@@ -93,6 +93,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         (rope("yarn", factor=2.0, truncate="yes"), r"\['truncate'\] must be true or false"),
         (rope("yarn", factor=2.0, attention_factor=-1), r"\['attention_factor'\]"),
         (rope("yarn", factor=2.0, original_max_position_embeddings=-4), r"\['original_max_position_embeddings'\]"),
+        (rope("longrope", **LISTS, original_max_position_embeddings=1), "an integer of at least 2"),
         (rope("longrope", short_factor=[1.0] * 64), "lack long_factor"),
         (rope("longrope", **LISTS | {"long_factor": [1.0] * 3}), r"head_dim / 2 = 64 numbers, got 3 of them"),
         (rope("longrope", **LISTS | {"long_factor": 2.0}), r"\['long_factor'\] must list"),

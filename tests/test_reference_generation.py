@@ -12,7 +12,9 @@ from transformers.generation import logits_process as theirs
 from llama import reference
 from llama.reference import Config, KVCache, Sampler, generate, stream
 from llama.reference import sampling as ours
+from llama.reference.generation import PREFILL_CHUNK
 
+FIELDS = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 STATELESS = ["default", "linear", "yarn", "llama3"]
 
 
@@ -65,16 +67,32 @@ def test_cached_writing_equals_reading_everything_anew_each_time(drawn, new):
     np.testing.assert_array_equal(generate(params, config, ids, new, attention_mask=mask), text)
 
 
-def test_long_prompts_are_read_in_chunks_to_the_same_end(monkeypatch):
-    fields = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    params, config = as_float64(transformers_model(fields, 0)[1]), Config.from_dict(fields)
-    ids = np.random.default_rng(0).integers(0, 30, (2, 50))
-    whole = generate(params, config, ids, 5)
-    monkeypatch.setattr("llama.reference.generation.PREFILL_CHUNK", 7)
-    np.testing.assert_array_equal(generate(params, config, ids, 5), whole)
-
-
-FIELDS = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "yarn", "longrope", "llama3"])
+def test_long_prompts_past_the_trained_length_equal_transformers(kind):
+    """Longer than a chunk, longer than the trained length, where dynamic and longrope change their angles."""
+    extra = {
+        "dynamic": {"factor": 2.0},
+        "linear": {"factor": 4.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+        "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+                     "original_max_position_embeddings": 32},
+        "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 32},
+    }.get(kind, {})  # fmt: skip
+    fields = FIELDS | {
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | extra,
+    }
+    model, params = transformers_model(fields, 0)
+    length = PREFILL_CHUNK + 50
+    ids = np.random.default_rng(0).integers(0, 30, (2, length))
+    mask = (np.arange(length) >= np.array([[0], [20]])).astype(int)
+    expected = model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=12, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    out = generate(as_float64(params), Config.from_dict(fields), ids, 12, attention_mask=mask)
+    np.testing.assert_array_equal(out, expected.numpy())
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +143,9 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
         (lambda m: generate(*m, np.ones((1, 3), int), 0), "max_new_tokens must be at least 1"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.array([[1, 1, 0]])), "on the left"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.ones((1, 2))), "attention_mask must be"),
+        (lambda m: generate(*m, np.ones((1, 2), int), 2, attention_mask=np.array([[0.5, 1]])), "only 0"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, cache=reference.forward(*m, np.ones((1, 3), int)).cache),
-         "must go on from them"),
+         "those and at least one more"),
         (lambda m: Sampler(temperature=-1), "temperature must be 0"),
         (lambda m: Sampler(temperature=float("nan")), "temperature"),
         (lambda m: Sampler(top_k=0), "top_k must be None"),

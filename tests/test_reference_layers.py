@@ -60,6 +60,8 @@ def test_labels_outside_the_vocabulary_are_named():
     for label in (3, -1):
         with pytest.raises(ValueError, match=rf"0 \.\.\. 2, got {label}"):
             reference.cross_entropy(np.zeros((2, 3)), np.array([0, label]))
+        with pytest.raises(ValueError, match=rf"0 \.\.\. 2, got {label}"):
+            reference.cross_entropy_backward(np.zeros((2, 3)), np.array([0, label]))
 
 
 def test_the_shapes_in_annotations_are_executed():

@@ -121,6 +121,8 @@ def test_classification_of_a_batch_needs_a_padding_token():
         reference.classify(params, config, np.array([[1, 2], [3, 4]]))
     with pytest.raises(ValueError, match=r"score\.weight"):
         reference.classify({n: a for n, a in params.items() if n != "score.weight"}, config, one)
+    with pytest.raises(ValueError, match=r"score\.weight must be \(labels, 8\)"):
+        reference.classify(params | {"score.weight": np.ones((3, 7))}, config, one)
 
 
 @given(models(kinds=STATELESS), st.data())
@@ -239,3 +241,12 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(small):
     assert cache.length == 3
     again = forward(small, SMALL, np.ones((1, 2), int), cache=cache).logits
     np.testing.assert_allclose(again, forward(small, SMALL, np.ones((1, 5), int)).logits[:, 3:], rtol=1e-5)
+
+
+def test_an_emptied_cache_takes_any_batch(small):
+    cache = a_cache(small, rows=3)
+    assert cache.batch_size == 3
+    cache.crop(0)
+    assert cache.batch_size is None
+    again = forward(small, SMALL, np.ones((1, 2), int), cache=cache).logits
+    np.testing.assert_array_equal(again, forward(small, SMALL, np.ones((1, 2), int)).logits)

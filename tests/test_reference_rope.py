@@ -47,7 +47,7 @@ def test_tables_equal_transformers(fields, start, count):
         np.testing.assert_allclose(ours, theirs, atol=5e-4)
 
 
-# Computed by transformers 4.46.3 and 5.23.0 alike (yarn with an original length: 5.23.0).
+# Recorded from transformers 4.46.3 and 5.23.0, which agree (yarn with an original length: 5.23.0 alone).
 GOLDEN = {
     "linear": ({"factor": 4.0}, 0, [0.25, 0.079056941, 0.025, 0.0079056947], 1.0),
     "dynamic at 65": ({"rope_type": "dynamic", "factor": 2.0}, 65, [1.0, 0.314840704], 1.0),
@@ -69,7 +69,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_published_frequencies(name):
+def test_frequencies_recorded_from_transformers(name):
     rope, length, expected, scale = GOLDEN[name]
     rope = {"rope_type": name.split()[0], "rope_theta": 1e4} | rope
     config = Config(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope)

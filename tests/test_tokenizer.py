@@ -145,6 +145,9 @@ def test_templates_see_messages_tokens_and_more():
         ("{% set _ = messages.append(1) %}", "chat template fails"),
         ("{% for m in messages %}", "chat template fails"),
         ("{{ 1 + messages }}", "chat template fails"),
+        ("{{ messages | length / 0 }}", "chat template fails"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "chat template fails"),
+        ("{{ undefined.deeper }}", "chat template fails"),
     ],
 )
 def test_a_hostile_or_broken_template_is_refused(template, message):

@@ -14,7 +14,6 @@ from pathlib import Path
 VENV = Path(".venv")
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
 CUDA_SIZE = "The CUDA build of PyTorch is about 3 GB to download and 7 GB on disk."
-CHOICES = "To choose otherwise, stop with Ctrl-C and set"
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
 
     constraints = Path("constraints.txt")
     if choice == "none":
-        say("Leaving PyTorch out: the reference works, tests and other backends do not")
+        say("Leaving PyTorch out: the reference works, the tests do not")
         extras = ""
     elif choice == "auto" and has_torch(PYTHON):
         say("Keeping the PyTorch that is installed")
@@ -49,7 +48,7 @@ def main() -> None:
     say("Installing the project and its tools (the tests' transformers among them, and triton: about 500 MB)")
     if not pip("-c", constraints, "-e", f".{extras}"):
         sys.exit("pip could not install the project; what it said stands above")
-    (VENV / ".ready").touch()
+    (VENV / f".ready-{choice}").touch()
 
 
 def install_torch(build: str) -> None:
@@ -59,13 +58,12 @@ def install_torch(build: str) -> None:
         # Of all places that pip is told to look at, only one that offers the CPU build has this version.
         if pip(f"{version}+cpu", "--quiet") or (sys.platform != "linux" and pip(version)):
             return
-        say(
-            "pip knows no place that offers the CPU build. PIP_EXTRA_INDEX_URL can name one: see 'CPU' under 'Get"
-            " Started' on pytorch.org. Going on with the CUDA build, which works here too."
-            f" {CUDA_SIZE} {CHOICES} that or TORCH=none."
-        )
+        say(f"pip finds no CPU build, only the one for CUDA, which works here too. {CUDA_SIZE}")
+        say("Ctrl-C stops. PIP_EXTRA_INDEX_URL can name PyTorch's index of CPU builds (pytorch.org, Get Started, CPU).")
+        say("TORCH=none leaves PyTorch out; the reference does not need it.")
     else:
-        say(f"Installing PyTorch for CUDA. {CUDA_SIZE} {CHOICES} TORCH=cpu (about 200 MB) or TORCH=none.")
+        say(f"Installing PyTorch, CUDA build. {CUDA_SIZE}")
+        say("Ctrl-C stops. TORCH=cpu takes the CPU build (about 200 MB), TORCH=none leaves PyTorch out.")
     if sys.stdin.isatty():
         time.sleep(10)  # time to read that and to stop
     if not pip(version):

@@ -84,7 +84,11 @@ class HuggingFaceFolder:
 
 
 class SafetensorsFile:
-    """One safetensors file, memory-mapped. The library checks it, so every offset is known to be good."""
+    """One safetensors file, memory-mapped.
+
+    The library checks it, so that every offset is known to be good. The reading is ours: the library's NumPy reader
+    copies, and knows no bfloat16.
+    """
 
     def __init__(self, path: Path):
         self.path = path
