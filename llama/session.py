@@ -46,8 +46,8 @@ class Session:
         """
         if not ids:
             raise ValueError("the prompt is empty; give at least one word")
-        if len(ids) > self.config.max_position_embeddings:
-            limit = self.config.max_position_embeddings
+        limit = self.config.max_position_embeddings  # linear and dynamic scaling reach beyond it
+        if len(ids) > limit and self.config.rope_parameters["rope_type"] not in ("linear", "dynamic"):
             raise ValueError(f"the text has {len(ids)} tokens, more than the {limit} this model was made for")
         shared = 0
         while shared < min(self.cache.length, len(ids) - 1) and self.ids[shared] == ids[shared]:

@@ -37,8 +37,16 @@ class LlamaTokenizerFast:
         self._config = dict(config or {})
         for name in SPECIAL_TOKENS:
             token = self._config.get(name)  # a string, or an object that says more of the same token
-            setattr(self, name, token.get("content") if isinstance(token, dict) else token)
-        self.chat_template = self._config.get("chat_template")
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str | None):
+                raise ValueError(f"{name} in tokenizer_config.json must be a string, got {token!r}")
+            setattr(self, name, token)
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        if not isinstance(template, str | None):
+            raise ValueError(f"chat_template in tokenizer_config.json must be a string, got {template!r}")
+        self.chat_template = template
 
     @classmethod
     def from_pretrained(cls, where: str | os.PathLike[str]) -> "LlamaTokenizerFast":
@@ -75,6 +83,15 @@ class LlamaTokenizerFast:
     def pad_token_id(self) -> int | None:
         return self._id_of(self.pad_token)
 
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids that `skip_special_tokens` skips."""
+        return [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    def knows(self, token: int) -> bool:
+        """Whether there is a token of this id. A model's vocabulary may be padded beyond its tokenizer's."""
+        return 0 <= token < 2**32 and self._tokenizer.id_to_token(token) is not None
+
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
 
@@ -82,13 +99,16 @@ class LlamaTokenizerFast:
         """The ids of `text`, with those that the tokenizer puts before and after it unless told otherwise."""
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # what the library says of surrogates
+            raise ValueError("the text is not valid Unicode: it holds bytes that are no UTF-8") from error
 
     def decode(self, ids: int | np.integer | Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`. Bytes that make no character become U+FFFD."""
         numbers = [int(ids)] if isinstance(ids, int | np.integer) else [int(i) for i in ids]
-        if wrong := [i for i in numbers if not 0 <= i < len(self)]:
-            raise ValueError(f"ids must lie in 0 ... {len(self) - 1}, got {wrong[0]}")
+        if wrong := [i for i in numbers if not self.knows(i)]:
+            raise ValueError(f"ids must be those of tokens, below {len(self)} as a rule; got {wrong[0]}")
         return self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
@@ -112,7 +132,8 @@ class LlamaTokenizerFast:
         """
         if not self.chat_template:
             raise ValueError("this tokenizer has no chat template; encode plain text instead")
-        names = {name: getattr(self, name) or "" for name in SPECIAL_TOKENS}
+        names = {"tools": None, "documents": None}
+        names |= {name: token for name in SPECIAL_TOKENS if (token := getattr(self, name)) is not None}
         try:
             text = _environment().from_string(self.chat_template).render(
                 messages=conversation, add_generation_prompt=add_generation_prompt, **(names | template_variables)
@@ -129,7 +150,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
@@ -145,12 +170,16 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: LlamaTokenizerFast, skip_special_tokens: bool = True):
+        self._knows = tokenizer.knows
+        self._silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []  # those since the last safe place; the first `_told` of them have been given
         self._told = 0
 
     def put(self, token: int) -> str:
-        """The text that `token` completes, often its own, sometimes "" or more."""
+        """The text that `token` completes, often its own, sometimes "" or more; "" for an id without a token."""
+        if int(token) in self._silent or not self._knows(int(token)):
+            return ""
         self._ids.append(int(token))
         told, text = self._decode(self._ids[: self._told]), self._decode(self._ids)
         if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(told):

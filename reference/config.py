@@ -1,6 +1,8 @@
 """The numbers that make a LLaMA, and what they must satisfy."""
 
 import math
+import sys
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,6 +29,8 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor", "original_max_position_embeddings"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
 }
+# What another type knows, or published configurations carry, has no effect; any other name is a slip of the pen.
+NAMES_OF_OTHERS = {"finetuned"}.union(*(required | optional for required, optional in ROPE_KEYS.values()))
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Config:
         _check_number("rms_norm_eps", self.rms_norm_eps, low=0)
         _check_number("initializer_range", self.initializer_range, low=0, high=1)
         _check_number("attention_dropout", self.attention_dropout, low=0, high=1)
+        for name in ("rms_norm_eps", "initializer_range", "attention_dropout"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # a NumPy float64 would make all it meets so
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -122,11 +128,12 @@ class Config:
         if missing := required - rope.keys():
             raise ValueError(f"rope_parameters of type {kind!r} lack {', '.join(sorted(missing))}")
         known = required | optional | {"rope_theta"}
-        if unknown := rope.keys() - known:
-            raise ValueError(
-                f"rope_parameters of type {kind!r} do not know {', '.join(sorted(unknown))}; "
-                f"known are {', '.join(sorted(known))}"
-            )
+        if unused := rope.keys() - known:
+            what = f"rope_parameters of type {kind!r} do not know {', '.join(sorted(unused))}"
+            if unused - NAMES_OF_OTHERS:
+                raise ValueError(f"{what}; known are {', '.join(sorted(known))}")
+            warnings.warn(what, stacklevel=4)
+            rope = {key: value for key, value in rope.items() if key in known}
 
         for key, value in rope.items():
             name = f"rope_parameters[{key!r}]"
@@ -166,7 +173,7 @@ class Config:
         """
         if not isinstance(data, dict):
             raise ValueError(f"a configuration must be a dictionary, got {type(data).__name__}")
-        if data.get("model_type", "llama") != "llama":
+        if data.get("model_type") not in (None, "llama"):
             raise ValueError(f"model_type is {data['model_type']!r}; only 'llama' models can be read")
         rope = data.get("rope_scaling") or data.get("rope_parameters")
         if rope is not None and not isinstance(rope, dict):
@@ -182,7 +189,7 @@ class Config:
 
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
-        if isinstance(data.get("id2label"), dict):
+        if data.get("id2label") and isinstance(data["id2label"], dict):
             values["num_labels"] = len(data["id2label"])
         for name in ("pretraining_tp", "attention_dropout"):  # transformers allows null for "as by default"
             if values.get(name, 0) is None:
@@ -201,7 +208,7 @@ def _check_positive_int(name: str, value: Any, low: int = 1) -> None:
 
 
 def _check_number(name: str, value: Any, low=-math.inf, high=math.inf, above=-math.inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not low <= value <= high or not value > above:
         bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
         bounds += [f"at most {high:g}"] * (high < math.inf)

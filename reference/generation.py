@@ -61,7 +61,10 @@ def stream(
     B, T = text.shape
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ends = [] if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+    ends = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    for name, token in [("eos_token_id", end) for end in ends] + [("pad_token_id", pad_token_id)] * bool(pad_token_id):
+        if not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
+            raise ValueError(f"{name} must be a token of the {config.vocab_size}, got {token!r}")
     pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     mask = np.ones((B, T), np.int64) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != (B, T):

@@ -96,4 +96,4 @@ def cross_entropy_backward(
     dlogits = np.zeros_like(logits)
     dlogits[counted] = np.exp(log_softmax(logits[counted]))
     dlogits[(*np.nonzero(counted), labels[counted])] -= 1
-    return dlogits / max(counted.sum(), 1)
+    return dlogits / max(int(counted.sum()), 1)

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +22,8 @@ def load(where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] 
     Args:
         where: a folder in Hugging Face's layout (config.json and safetensors, sharded or not), a `.gguf` file, or the
             alias "smollm2", which is fetched the first time. Or a checkpoint that `llama.checkpoints` has opened.
-        dtype: what the arrays are given in. A tensor that is stored so is mapped, not read: the file's pages come in
-            as they are used, and nothing is held twice.
+        dtype: float32 or float64, what the arrays are given in. A tensor that is stored so is mapped, not read: the
+            file's pages come in as they are used, and nothing is held twice.
 
     Raises:
         ValueError, OSError: a file is missing, damaged or not a LLaMA; the message names it.
@@ -30,10 +31,15 @@ def load(where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] 
     # The one import of ours, and a late one: the readers in `llama.checkpoints` build on this package.
     from llama.checkpoints import open_checkpoint, read_tensors
 
+    if np.dtype(dtype) not in (np.float32, np.float64):
+        raise ValueError(f"dtype must be float32 or float64, in which the reference computes; got {np.dtype(dtype)}")
     checkpoint = open_checkpoint(where)
     data, names = checkpoint.config, set(checkpoint.names)
     with _naming(checkpoint.path):
         config = Config.from_dict(data)
+        if config.tie_word_embeddings and "lm_head.weight" in names:
+            config = _untied_if_they_differ(checkpoint, config)
+            names -= {"lm_head.weight"} if config.tie_word_embeddings else set()
         wanted = list(_tensors_to_read(config, names))
     unused = sorted(name for name in names.difference(wanted) if not name.endswith("rotary_emb.inv_freq"))
     if unused:
@@ -42,6 +48,14 @@ def load(where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] 
     with _naming(checkpoint.path):
         check_params(params, config)
     return params, config
+
+
+def _untied_if_they_differ(checkpoint: "Checkpoint", config: Config) -> Config:
+    """A head of its own in the file outweighs `tie_word_embeddings`, as in transformers 5; an equal one is the tie."""
+    if np.array_equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")):
+        return config
+    warnings.warn(f"{checkpoint.path}: lm_head.weight differs from the embedding, so they are not tied", stacklevel=3)
+    return replace(config, tie_word_embeddings=False)
 
 
 def _tensors_to_read(config: Config, names: set[str]) -> Iterator[str]:

@@ -233,7 +233,7 @@ def _embed(
     if inputs_embeds is not None:
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.shape[1]:
             raise ValueError(f"inputs_embeds must be (batch, length, {config.hidden_size}), got {inputs_embeds.shape}")
-        return inputs_embeds
+        return inputs_embeds.astype(params["model.embed_tokens.weight"].dtype, copy=False)
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids must be integers of shape (batch, length > 0), got {ids.dtype} {ids.shape}")

@@ -43,7 +43,7 @@ def top_k(logits: Logits, k: int) -> Logits:
 
 def top_p(logits: Logits, p: float) -> Logits:
     """Keep the smallest set of likeliest tokens whose probabilities reach p    (Holtzman et al. 2020)"""
-    order = np.argsort(logits, axis=-1)  # ascending; the last is always kept
+    order = np.argsort(logits, axis=-1, kind="stable")  # ascending; the last is always kept
     mass = np.cumsum(softmax(np.take_along_axis(logits, order, axis=-1)), axis=-1)
     drop = mass <= 1 - p
     drop[:, -1] = False

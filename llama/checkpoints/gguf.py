@@ -42,6 +42,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
+        check_header(path)
         try:
             reader = gguf.GGUFReader(path)
             self._fields = dict(reader.fields)
@@ -75,6 +76,11 @@ class GGUFFile:
         if "model.embed_tokens.weight" not in self._tensors:
             raise ValueError(f"{self.path} lacks the tensor token_embd.weight")
         theta, scaling = self._number("rope.freq_base", 10000.0), self._rope_scaling()
+        head_dim = self._number("attention.key_length", hidden_size // max(heads, 1))
+        if self._number("rope.dimension_count", head_dim) != head_dim:
+            raise ValueError(
+                f"{self.path}: llama.rope.dimension_count must be the head's {head_dim}; LLaMA rotates it all"
+            )
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -84,7 +90,7 @@ class GGUFFile:
             "num_hidden_layers": self._number("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._number("attention.head_count_kv", heads),
-            "head_dim": self._number("attention.key_length", hidden_size // max(heads, 1)),
+            "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": self._number("context_length"),
             "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
@@ -106,14 +112,20 @@ class GGUFFile:
             divisors = [float(x) for x in self.read(ROPE_DIVISORS)]
             return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
                     "short_factor": divisors, "long_factor": divisors}  # fmt: skip
-        kind = self._field("llama.rope.scaling.type", "none")
+        factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
+        kind = self._field("llama.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes it
         if kind == "none":
             return None
-        scaling = {"rope_type": kind, "factor": self._number("rope.scaling.factor")}
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = self._number("rope.scaling.original_context_length")
+            for name in ("beta_fast", "beta_slow"):
+                if (beta := self._number(f"rope.scaling.yarn_{name}", 0.0)) != 0:
+                    scaling[name] = beta
         elif kind != "linear":
             raise ValueError(f"{self.path}: llama.rope.scaling.type {kind!r} is unknown; known are none, linear, yarn")
+        if self._number("rope.scaling.attn_factor", 1.0) != 1:
+            raise ValueError(f"{self.path}: llama.rope.scaling.attn_factor other than 1 cannot be read")
         return scaling
 
     @cached_property
@@ -137,18 +149,24 @@ class GGUFFile:
         return data
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
-        kind = self._field("tokenizer.ggml.model")
+        try:
+            return self._build_tokenizer()
+        except Exception as error:  # the library raises plain Exception where parts do not fit together
+            raise ValueError(f"{self.path}: the tokenizer in it cannot be used: {error}") from error
+
+    def _build_tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
+        kind, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre", "default")
         tokens, types = self._field("tokenizer.ggml.tokens"), self._field("tokenizer.ggml.token_type")
         if not tokens or not types or len(tokens) != len(types):
-            raise ValueError(f"{self.path} holds no complete tokenizer (tokenizer.ggml.tokens and token_type)")
+            raise ValueError("tokenizer.ggml.tokens and token_type are missing or differ in length")
         if kind == "gpt2":
             merges = self._field("tokenizer.ggml.merges", [])
-            tokenizer = byte_level_bpe(tokens, merges, self._field("tokenizer.ggml.pre", "default"))
+            tokenizer = byte_level_bpe(tokens, merges, pre)
         elif kind == "llama":
             scores = self._field("tokenizer.ggml.scores", [])
             tokenizer = sentencepiece_bpe(tokens, scores, self._field("tokenizer.ggml.add_space_prefix", True))
         else:
-            raise ValueError(f"{self.path}: tokenizer.ggml.model {kind!r} is unknown; known are 'gpt2' and 'llama'")
+            raise ValueError(f"tokenizer.ggml.model {kind!r} is unknown; known are 'gpt2' and 'llama'")
         tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True)
                                       for t, type_ in zip(tokens, types, strict=True) if type_ == CONTROL])  # fmt: skip
         tokenizer.add_tokens([AddedToken(t, normalized=False)
@@ -162,7 +180,8 @@ class GGUFFile:
                 config[f"{name}_token"] = tokens[number]
         if template := self._field("tokenizer.chat_template"):
             config["chat_template"] = template
-        before = self._field("tokenizer.ggml.add_bos_token", kind == "llama") and config.get("bos_token")
+        opens = kind == "llama" or pre in LLAMA3_NAMES  # what llama.cpp does where the file does not say
+        before = self._field("tokenizer.ggml.add_bos_token", opens) and config.get("bos_token")
         after = self._field("tokenizer.ggml.add_eos_token", False) and config.get("eos_token")
         if before or after:
             config |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
@@ -172,6 +191,47 @@ class GGUFFile:
                 single=framed[0], pair=" ".join(framed), special_tokens=special
             )
         return tokenizer, config
+
+
+def check_header(path: Path) -> None:
+    """Raise a ValueError unless every length in the metadata fits into the file.
+
+    The library believes the lengths it finds: with a damaged one it would run for hours and fill the memory.
+    """
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's scalar types, in bytes
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+
+        def number(width: int = 8) -> int:
+            return int.from_bytes(file.read(width), "little")
+
+        def skip(count: int) -> None:
+            if count > size - file.tell():
+                raise ValueError(f"{path} is damaged or cut short; fetch it anew")
+            file.seek(count, 1)
+
+        def skip_value(kind: int) -> None:
+            if kind == 8:  # a string
+                skip(number())
+            elif kind == 9:  # an array: its elements' type, their number, the elements
+                element, count = number(4), number()
+                if element in sizes:
+                    skip(count * sizes[element])
+                else:
+                    skip(0 if count * 8 <= size else size + 1)  # strings and arrays take 8 bytes at least
+                    for _ in range(count):
+                        skip_value(element)
+            elif kind in sizes:
+                skip(sizes[kind])
+            else:
+                raise ValueError(f"{path} is damaged: it holds a value of type {kind}; fetch it anew")
+
+        if file.read(4) != b"GGUF" or number(4) not in (2, 3):
+            raise ValueError(f"{path} is no GGUF file of version 2 or 3")
+        skip(8)  # the number of tensors
+        for _ in range(number()):
+            skip(number())
+            skip_value(number(4))
 
 
 def hugging_face_name(name: str) -> str:
@@ -189,18 +249,21 @@ LLAMA3_WORDS = (  # Meta's llama-models, tokenizer.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "llama-bpe": lambda: pre_tokenizers.Sequence(
+} | dict.fromkeys(
+    LLAMA3_NAMES,
+    lambda: pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     ),
-}
+)
 
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
@@ -209,10 +272,7 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.pre {pre!r} is unknown; known are {', '.join(PRE_TOKENIZERS)}")
     vocab = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # the library raises plain Exception for merges outside the vocabulary
-        raise ValueError(f"the tokenizer's merges do not fit its tokens: {error}") from error
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_NAMES))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -230,7 +290,7 @@ def sentencepiece_bpe(pieces: list[str], scores: list[float], add_space_prefix: 
         for cut in range(1, len(piece))
         if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
     ]
-    pairs.sort(key=lambda pair: (pair[0], vocab[pair[1]], vocab[pair[2]]))
+    pairs.sort(key=lambda pair: (pair[0], -len(pair[1]), -len(pair[2])))  # among equals the longer pieces go first
     unk = pieces[0]
     merges = [(left, right) for _, left, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))

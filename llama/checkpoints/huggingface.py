@@ -116,8 +116,10 @@ class SafetensorsFile:
         raw = np.frombuffer(self._data, dtype, (end - begin) // dtype.itemsize, self._start + begin)
         raw = raw.reshape(entry["shape"])
         if entry["dtype"] == "BF16":  # the upper half of a float32
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw
+            wide = raw.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
+        return raw if raw.flags.aligned else raw.copy()  # NumPy would copy it again at every product
 
 
 def save_folder(checkpoint: "Checkpoint", out: Path) -> None:
