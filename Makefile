@@ -6,28 +6,37 @@
 # PYTHON=python3.12 picks the interpreter, TORCH=cpu|cuda|none the build of PyTorch (tools/bootstrap.py).
 
 PYTHON ?= python3
-BIN := .venv/bin
-export TORCH ?= auto
-READY := .venv/.ready-$(TORCH)
-export PROMPT ?= What is the capital of France?
+PROMPT ?= What is the capital of France?
 BACKEND ?= auto
+TORCH ?= auto
+# Taken as typed, a $ in a prompt too, and handed on in the environment: neither make nor the shell may read it.
+override PROMPT := $(value PROMPT)
+override BACKEND := $(value BACKEND)
+export PROMPT BACKEND TORCH
 
-.PHONY: run test check clean
+BIN := .venv/bin
+READY := .venv/.ready-$(TORCH)
+
+.PHONY: run test check clean has-tools
 
 run: $(READY)
-	@$(BIN)/llama generate --backend "$(BACKEND)" -- "$$PROMPT"
+	@$(BIN)/llama generate --backend "$$BACKEND" -- "$$PROMPT"
 
-test: $(READY)
+test: has-tools
 	$(BIN)/python -m pytest
 
-check: $(READY)
+check: has-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+has-tools: $(READY)
+	@test -x $(BIN)/pytest || { echo "TORCH=none leaves the tests' tools out; run without it"; exit 2; }
+
 $(READY): pyproject.toml constraints.txt tools/bootstrap.py
-	$(PYTHON) tools/bootstrap.py
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not there; make PYTHON=... names another Python"; exit 2; }
+	@$(PYTHON) tools/bootstrap.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,8 @@
 """The command line: `llama fetch`, `llama generate`, `llama chat`."""
 
 import contextlib
+import io
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -136,8 +138,11 @@ def open_session(model: str, backend: str, max_new_tokens: int, **sampling: Any)
 
 def main() -> None:
     """Run the command line; errors that a user can mend become a sentence and exit code 1 (usage: 2)."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     warnings.showwarning = lambda message, *_: click.echo(f"llama: {message}", err=True)
     try:

@@ -32,6 +32,7 @@ class Session:
         self.ids: list[int] = []  # read and written so far; the cache holds a beginning of them
         self.seconds_to_first = self.seconds_after = 0.0
         self.tokens_read = self.tokens_written = 0
+        self.was_cut = False
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         """The ids of a conversation that waits for the assistant's answer."""
@@ -69,6 +70,8 @@ class Session:
             self.ids.append(int(token))
             if piece := text.put(token):
                 yield piece
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        self.was_cut = self.ids[-1] not in ends
         if piece := text.end():
             yield piece
 
@@ -77,4 +80,5 @@ class Session:
         steps = self.tokens_written - 1
         rate = f"{steps / self.seconds_after:.1f} tokens/s" if steps else "no more than one step"
         reading = f"prompt of {self.tokens_read} tokens in {self.seconds_to_first:.1f} s"
-        return f"[{self.tokens_written} tokens, {rate}; {reading}]"
+        cut = "; cut at --max-new-tokens" if self.was_cut else ""
+        return f"[{self.tokens_written} tokens, {rate}; {reading}{cut}]"

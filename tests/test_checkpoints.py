@@ -103,20 +103,72 @@ def test_llama31s_divisors_come_through_gguf(tmp_path):
         assert factor == 1.0
 
 
-def test_linear_and_yarn_come_through_gguf(tmp_path):
-    def scaled(kind):
-        def extra(writer):
-            writer.add_rope_scaling_type(kind)
-            writer.add_rope_scaling_factor(4.0)
-            writer.add_rope_scaling_orig_ctx_len(8)
+LINEAR, YARN = gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN
 
-        return reference.load(write_gguf(tmp_path / f"{kind}.gguf", PARAMS, extra=extra))[1].rope_parameters
 
-    assert scaled(gguf.RopeScalingType.LINEAR) == {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-    yarn = scaled(gguf.RopeScalingType.YARN)
-    assert yarn["original_max_position_embeddings"] == 8
-    with pytest.raises(ValueError, match="longrope"):
-        scaled(gguf.RopeScalingType.LONGROPE)
+@pytest.mark.parametrize(
+    ("says", "means"),
+    [
+        ({"type": LINEAR, "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp takes no type for linear
+        ({"type": gguf.RopeScalingType.NONE, "factor": 4.0}, {"rope_type": "default"}),
+        ({"type": YARN, "factor": 4.0, "original": 8, "beta": 16.0},
+         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0}),
+        ({"type": gguf.RopeScalingType.LONGROPE, "factor": 4.0}, "'longrope' is unknown"),
+        ({"type": YARN, "factor": 4.0}, "lacks the field llama.rope.scaling.original_context_length"),
+        ({"type": LINEAR, "factor": 4.0, "attn": 0.5}, "attn_factor other than 1"),
+        ({"dimensions": 8}, "dimension_count must be the head's 16"),
+    ],
+)  # fmt: skip
+def test_rope_comes_through_gguf(tmp_path, says, means):
+    def extra(writer):
+        for key, write in (
+            ("type", writer.add_rope_scaling_type),
+            ("factor", writer.add_rope_scaling_factor),
+            ("original", writer.add_rope_scaling_orig_ctx_len),
+            ("beta", lambda value: writer.add_float32("llama.rope.scaling.yarn_beta_fast", value)),
+            ("attn", lambda value: writer.add_float32("llama.rope.scaling.attn_factor", value)),
+            ("dimensions", writer.add_rope_dimension_count),
+        ):
+            if key in says:
+                write(says[key])
+
+    path = write_gguf(tmp_path / "m.gguf", PARAMS, extra=extra)
+    if isinstance(means, str):
+        with pytest.raises(ValueError, match=means):
+            reference.load(path)
+    else:
+        assert reference.load(path)[1].rope_parameters == means | {"rope_theta": 500.0}
+
+
+def test_a_head_in_the_file_outweighs_the_tie(tmp_path):
+    fields = FIELDS | {"tie_word_embeddings": True}
+    own_head, equal_head = PARAMS, PARAMS | {"lm_head.weight": PARAMS["model.embed_tokens.weight"].copy()}
+    params, config = reference.load(write_folder(tmp_path / "equal", equal_head, fields))
+    assert config.tie_word_embeddings
+    assert "lm_head.weight" not in params
+    with pytest.warns(UserWarning, match=r"lm_head\.weight differs from the embedding"):
+        params, config = reference.load(write_folder(tmp_path / "own", own_head, fields))
+    from oracle import miss
+
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "own")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
+    assert miss(reference.forward(params, config, IDS).logits, expected) < 1e-4
+
+
+def test_unaligned_tensors_are_aligned(tmp_path):
+    write_folder(tmp_path, PARAMS)
+    header(tmp_path / "model.safetensors", lambda head: None)  # without the padding that aligns the data
+    assert (tmp_path / "model.safetensors").read_bytes()[8:].index(b"}}") % 8 != 5
+    params, _ = reference.load(tmp_path)
+    assert all(array.flags.aligned for array in params.values())
+    assert_same(params)
+
+
+def test_the_reference_computes_in_float32_and_float64_only(tmp_path):
+    with pytest.raises(ValueError, match="dtype must be float32 or float64"):
+        reference.load(write_folder(tmp_path, PARAMS), dtype=np.float16)
 
 
 def test_a_tensor_nobody_uses_is_mentioned(tmp_path):
@@ -259,6 +311,17 @@ def test_a_damaged_gguf_is_named(tmp_path):
         path.write_bytes(data)
         with pytest.raises((ValueError, OSError), match=rf"{number}\.gguf"):
             reference.load(path)
+
+
+@pytest.mark.parametrize("element", [0, 1, 4, 7, 8, 9])
+@pytest.mark.parametrize("count", [10**7, 2**40, 2**63])
+def test_a_damaged_length_in_gguf_does_not_run_for_hours(tmp_path, element, count):
+    path = tmp_path / "m.gguf"
+    key = b"tokenizer.ggml.tokens"
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, element, count)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry + bytes(4000))
+    with pytest.raises(ValueError, match=r"m\.gguf is damaged or cut short"):
+        reference.load(path)
 
 
 def test_a_gguf_that_is_no_llama_or_lacks_something_is_named(tmp_path):

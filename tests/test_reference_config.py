@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +53,19 @@ def test_head_dim_frees_hidden_size_from_the_heads():
     assert Config(hidden_size=10, num_attention_heads=4, head_dim=6).head_dim == 6
 
 
+def test_names_of_other_types_have_no_effect_and_are_mentioned():
+    """As Yarn-Llama's "finetuned"; misspelt names are refused below."""
+    scaling = {"type": "linear", "factor": 2.0}
+    with pytest.warns(UserWarning, match="type 'linear' do not know beta_fast, finetuned"):
+        config = Config.from_dict({"rope_scaling": scaling | {"finetuned": True, "beta_fast": 32}})
+    assert config == Config.from_dict({"rope_scaling": scaling})
+
+
+def test_numbers_are_plain_floats():
+    eps = Config(rms_norm_eps=np.float64(1e-5)).rms_norm_eps
+    assert type(eps) is float  # a NumPy one would turn float32 into float64 wherever it is added
+
+
 def rope(kind, **rest):
     return {"rope_parameters": {"rope_type": kind} | rest}
 
@@ -76,6 +90,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number at least 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"initializer_range": 2}, "initializer_range must be a number at least 0 and at most 1"),
         ({"attention_bias": 1}, "attention_bias must be true or false"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or null"),

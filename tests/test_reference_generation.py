@@ -143,6 +143,8 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
         (lambda m: generate(*m, np.ones((1, 3), int), 0), "max_new_tokens must be at least 1"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.array([[1, 1, 0]])), "on the left"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.ones((1, 2))), "attention_mask must be"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2, [3, 30]), "eos_token_id must be a token of the 30, got 30"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2, 3, pad_token_id=-1), "pad_token_id must be a token"),
         (lambda m: generate(*m, np.ones((1, 2), int), 2, attention_mask=np.array([[0.5, 1]])), "only 0"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, cache=reference.forward(*m, np.ones((1, 3), int)).cache),
          "those and at least one more"),

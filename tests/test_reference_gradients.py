@@ -90,3 +90,17 @@ def test_cross_entropy(seed, rows, width):
 def test_cross_entropy_of_nothing_has_no_gradient():
     dlogits = reference.cross_entropy_backward(np.ones((2, 3)), np.full(2, -100))
     np.testing.assert_array_equal(dlogits, np.zeros((2, 3)))
+
+
+def test_float32_stays_float32():
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 4)).astype(np.float32)
+    cos, sin = reference.rope_tables(Config(hidden_size=4, num_attention_heads=1), np.arange(3)[None])
+    results = (
+        *reference.rms_norm_backward(x, x, x[0, 0, 0], 1e-5),
+        *reference.apply_rope_backward(x, x, cos, sin),
+        *reference.swiglu_backward(x, x, x),
+        *reference.attention_backward(x, x, x, x, reference.causal_visibility(3, 3)),
+        reference.cross_entropy_backward(x, np.ones((1, 2, 3), int)),
+        *reference.flash_attention(x, x, x, return_lse=True),
+    )
+    assert {result.dtype for result in results} == {np.dtype(np.float32)}

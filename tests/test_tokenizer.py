@@ -1,6 +1,7 @@
 """LlamaTokenizerFast: text to ids and back, chat templates, and streams that never split a character."""
 
 import json
+from itertools import pairwise
 
 import gguf
 import pytest
@@ -69,12 +70,38 @@ def test_streams_wait_for_whole_characters():
     assert streamed(tokenizer, ids[:5]) == ["n", "", "é", "", "", "\N{REPLACEMENT CHARACTER}"]
 
 
-def test_pieces_merge_by_score_and_fall_back_to_bytes():
+def merged_by_score(text, scores):
+    """SentencePiece's rule, spelt out: of all neighbours that make a piece, the best score, then the leftmost."""
+    parts = list(text)
+    while True:
+        pairs = [(-scores[a + b], at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in scores]
+        if not pairs:
+            return parts
+        _, at = min(pairs)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+@given(
+    words=st.lists(st.text("abc▁", min_size=2, max_size=5), unique=True, max_size=25),
+    order=st.randoms(use_true_random=False),
+    text=st.lists(st.sampled_from(["a", "b", "c", " ", " " * 9, " " * 20]), max_size=25).map("".join),
+)
+def test_pieces_merge_by_score_the_leftmost_first(words, order, text):
+    """Distinct scores in any order, but for the runs of spaces, which in Llama's own model all share the worst."""
+    runs = ["▁" * length for length in range(2, 17)]
+    words = [word for word in words if word not in runs]
+    order.shuffle(words)
+    scores = {word: -1.0 - rank for rank, word in enumerate(words)} | dict.fromkeys(runs, -1e9)
+    pieces = ["<unk>", "a", "b", "c", "▁", *scores]
+    tokenizer = sentencepiece_bpe(pieces, [0.0] * 5 + list(scores.values()), add_space_prefix=True)
+    found = [pieces[number] for number in tokenizer.encode(text).ids]
+    assert found == (merged_by_score("▁" + text.replace(" ", "▁"), scores) if text else [])
+
+
+def test_what_no_piece_covers_is_spelt_in_bytes():
     tokenizer = piece_tokenizer()
-    token = lambda text: [tokenizer._tokenizer.id_to_token(i) for i in tokenizer.encode(text)]  # noqa: E731
-    assert token("abc") == ["▁a", "bc"]  # ▁a (-1) first, then bc (-2); neither ab nor abc by their place in the list
-    assert token("cab") == ["▁", "c", "ab"]
-    assert token("é") == ["▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.encode("é") == [259, 3 + 0xC3, 3 + 0xA9]
+    assert tokenizer.decode([259, 3 + 0xC3, 3 + 0xA9]) == "é"
 
 
 def test_a_llama_2_tokenizer_comes_through_gguf(tmp_path):
@@ -107,12 +134,21 @@ def test_a_llama_2_tokenizer_comes_through_gguf(tmp_path):
     assert theirs("a b")["input_ids"] == [1, 262, 259, 261]
 
 
+def test_streams_pass_over_ids_without_a_token_and_special_ones():
+    tokenizer = byte_tokenizer()
+    end = tokenizer._tokenizer.add_special_tokens(["<end>"]) and tokenizer._tokenizer.token_to_id("<end>")
+    ids = tokenizer.encode("é")
+    assert streamed(tokenizer, [ids[0], 99_999, end, ids[1]]) == ["", "", "", "é", ""]
+    assert "".join(map(TextStream(tokenizer, skip_special_tokens=False).put, [*ids, end])) == "é<end>"
+
+
 @pytest.mark.parametrize(
     ("pre", "text", "words"),
     [
         ("gpt-2", "a  b123 c", ["a", "Ġ", "Ġb", "123", "Ġc"]),
         ("smollm", "a12 b", ["a", "1", "2", "Ġb"]),
         ("llama-bpe", "a12345 it's\n\n b", ["a", "123", "45", "Ġit", "'s", "ĊĊ", "Ġb"]),
+        ("llama3", "a1234", ["a", "123", "4"]),
     ],
 )
 def test_text_is_cut_as_each_family_cuts_it(pre, text, words):
@@ -133,6 +169,21 @@ def test_templates_see_messages_tokens_and_more():
     tokenizer = with_template(template, bos_token={"content": "<s>", "special": True})
     assert tokenizer.apply_chat_template(HELLO, tokenize=False, mood="glad") == '<s>"user":hello glad'
     assert tokenizer.apply_chat_template(HELLO, mood="glad") == tokenizer.encode('<s>"user":hello glad')
+
+
+def test_templates_see_what_transformers_shows_them():
+    template = (
+        "{{ tools is none }} {{ documents is none }} {{ pad_token is defined }} {{ eos_token }} "
+        "{{ messages | tojson(indent=1) }} {{ {'b': 'é', 'a': 1} | tojson(sort_keys=true) }}"
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
+    )
+    settings = {"chat_template": template, "eos_token": "</s>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()._tokenizer, **settings)
+    expected = theirs.apply_chat_template(HELLO, tokenize=False)
+    assert with_template(template, eos_token="</s>").apply_chat_template(HELLO, tokenize=False) == expected
+    assert expected.startswith("True True False </s>")
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    assert with_template(several).apply_chat_template(HELLO, tokenize=False) == "hello"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +212,12 @@ def test_wrong_input_is_named(tmp_path):
         tokenizer.encode(None)
     with pytest.raises(ValueError, match="ids must be those of tokens, below 256 as a rule; got 256"):
         tokenizer.decode([1, 256])
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(ValueError, match=r"bos_token in tokenizer_config\.json must be a string, got 3"):
+        with_template(None, bos_token=3)
+    with pytest.raises(ValueError, match=r"chat_template in tokenizer_config\.json must be a string"):
+        with_template({"default": 1})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
         LlamaTokenizerFast.from_pretrained(tmp_path)
@@ -197,6 +254,26 @@ def test_an_unknown_tokenizer_in_gguf_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             written(name, fill).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("pre", "says", "bos"), [("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False)]
+)
+def test_llama_3_begins_with_bos_unless_its_file_says_otherwise(tmp_path, pre, says, bos):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_context_length(32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(["a", "<begin>"])
+    writer.add_token_types([1, 3])
+    writer.add_bos_token_id(1)
+    if says is not None:
+        writer.add_add_bos_token(says)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert LlamaTokenizerFast.from_pretrained(tmp_path / "m.gguf").encode("a") == [1] * bos + [0]
 
 
 def test_the_fetched_tokenizer_config_is_what_transformers_reads(smollm2):

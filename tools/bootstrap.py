@@ -23,8 +23,8 @@ def main() -> None:
     if choice not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"TORCH={choice} is unknown; say cpu, cuda, none or auto")
 
-    # A torch outside is seen from inside the environment, and so is used instead of another download.
-    outside = choice == "auto" and has_torch(sys.executable)
+    # A torch in the Python that environments are made of can be seen from inside them: no need for another.
+    outside = choice == "auto" and has_torch(getattr(sys, "_base_executable", sys.executable))
     if not has_pip():
         say(f"Making the environment {VENV}")
         shutil.rmtree(VENV, ignore_errors=True)
@@ -34,7 +34,6 @@ def main() -> None:
 
     constraints = Path("constraints.txt")
     if choice == "none":
-        say("Leaving PyTorch out: the reference works, the tests do not")
         extras = ""
     elif choice == "auto" and has_torch(PYTHON):
         say("Keeping the PyTorch that is installed")
@@ -45,7 +44,7 @@ def main() -> None:
     else:
         install_torch("cuda" if choice == "cuda" or (choice == "auto" and has_nvidia()) else "cpu")
         extras = "[torch,dev]"
-    say("Installing the project and its tools (the tests' transformers among them, and triton: about 500 MB)")
+    say("Installing the project" + (" and its tools, transformers and triton among them" if extras else " alone"))
     if not pip("-c", constraints, "-e", f".{extras}"):
         sys.exit("pip could not install the project; what it said stands above")
     (VENV / f".ready-{choice}").touch()
@@ -58,7 +57,7 @@ def install_torch(build: str) -> None:
         # Of all places that pip is told to look at, only one that offers the CPU build has this version.
         if pip(f"{version}+cpu", "--quiet") or (sys.platform != "linux" and pip(version)):
             return
-        say(f"pip finds no CPU build, only the one for CUDA, which works here too. {CUDA_SIZE}")
+        say(f"pip finds no CPU build. Trying the one for CUDA, which works here too. {CUDA_SIZE}")
         say("Ctrl-C stops. PIP_EXTRA_INDEX_URL can name PyTorch's index of CPU builds (pytorch.org, Get Started, CPU).")
         say("TORCH=none leaves PyTorch out; the reference does not need it.")
     else:
@@ -72,6 +71,7 @@ def install_torch(build: str) -> None:
 
 def pip(*arguments: object) -> bool:
     command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *map(str, arguments)]
+    command += ["--quiet"] * (not sys.stdout.isatty())
     return subprocess.run(command).returncode == 0
 
 
@@ -92,4 +92,7 @@ def say(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from here.")

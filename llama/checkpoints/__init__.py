@@ -56,10 +56,10 @@ def open_checkpoint(where: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
         return where
     if str(where) in ALIASES and not Path(where).exists():
         where = fetch(str(where))
-    path = Path(where)
+    path = Path(where).expanduser()
     if path.is_dir():
         return HuggingFaceFolder(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUFFile(path)
     legal = f"a folder with config.json and safetensors, a .gguf file, or {' or '.join(map(repr, ALIASES))}"
     if path.exists():

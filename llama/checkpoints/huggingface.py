@@ -138,8 +138,12 @@ def save_folder(checkpoint: "Checkpoint", out: Path) -> None:
         write_json(partial / "generation_config.json", checkpoint.generation_config)
         tensors = {n: checkpoint.read(n).astype(np.float32, copy=False)
                    for n in progress(checkpoint.names, "converting", "tensors")}  # fmt: skip
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        os.replace(partial, out)
+        try:
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{partial} could not be written: {error}") from error
+        shutil.copymode(partial / "config.json", partial / WEIGHTS)  # the library lets only the owner read it
+        os.replace(partial, out)  # takes the place of an empty folder too
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
