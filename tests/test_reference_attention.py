@@ -68,6 +68,7 @@ def test_flash_attention_equals_attention(drawn, causal, block_q, block_k, data)
     scores = np.where(visible[:, None], q @ np.repeat(k, q.shape[1] // k.shape[1], 1).swapaxes(-1, -2), -np.inf)
     expected = torch.logsumexp(torch.tensor(scores) * q.shape[-1] ** -0.5, dim=-1).numpy()
     np.testing.assert_allclose(lse, expected, atol=1e-12)
+    assert out.dtype == lse.dtype == np.float64
 
 
 @given(attentions(square=True))

@@ -11,6 +11,9 @@ from strategies import configs
 
 from llama.reference import Config
 
+LISTS = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
 
 def test_defaults_are_those_of_the_7b_model():
     ours, theirs = Config(), transformers_config({})
@@ -49,6 +52,42 @@ def test_an_original_length_outside_the_rope_dictionary_counts():
     assert config.rope_parameters["factor"] == 4.0
 
 
+def test_of_two_spellings_the_same_one_wins_as_in_transformers():
+    both = {
+        "rope_theta": 7.0,
+        "rope_scaling": {
+            "type": "linear",
+            "rope_type": "dynamic",
+            "factor": 2.0,
+            "rope_theta": 9.0,
+            "attention_factor": None,
+        },
+        "rope_parameters": {"rope_type": "default"},
+    }
+    assert Config.from_dict(both).rope_parameters == {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 9.0}
+    theirs = transformers_config(both)
+    assert theirs.rope_parameters["rope_type"] == "dynamic"
+    assert theirs.rope_parameters["rope_theta"] == 9.0
+
+
+def test_what_published_files_carry_is_understood():
+    config = Config.from_dict(
+        {"id2label": {"0": "a", "1": "b", "2": "c"}, "pretraining_tp": None, "attention_dropout": None,
+         "original_max_position_embeddings": 64, "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+    )  # fmt: skip
+    assert (config.num_labels, config.pretraining_tp, config.attention_dropout) == (3, 1, 0.0)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    shrinking = Config(rope_parameters={"rope_type": "longrope", "factor": 0.5, **LISTS})
+    assert shrinking.rope_parameters["factor"] == 0.5
+
+
+def test_only_dictionaries_configure():
+    with pytest.raises(ValueError, match="rope_parameters must be a dictionary"):
+        Config(rope_parameters=[1])
+    with pytest.raises(ValueError, match="a configuration must be a dictionary"):
+        Config.from_dict([])
+
+
 def test_head_dim_frees_hidden_size_from_the_heads():
     assert Config(hidden_size=10, num_attention_heads=4, head_dim=6).head_dim == 6
 
@@ -70,10 +109,6 @@ def rope(kind, **rest):
     return {"rope_parameters": {"rope_type": kind} | rest}
 
 
-LISTS = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -86,6 +121,20 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         ({"num_key_value_heads": "8"}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"num_labels": 0}, "num_labels"),
+        ({"pretraining_tp": 0}, "pretraining_tp"),
+        ({"head_dim": -2}, "head_dim must be a positive integer"),
+        ({"attention_dropout": 2}, "attention_dropout"),
+        ({"mlp_bias": 1}, "mlp_bias must be true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        ({"use_cache": 1}, "use_cache must be true or false"),
+        ({"bos_token_id": [1]}, "bos_token_id must be a token id or null"),
+        ({"pad_token_id": "0"}, "pad_token_id must be a token id or null"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rope_theta": 1.0}, r"\['rope_theta'\] must be a number above 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         ({"hidden_act": "nope"}, "hidden_act 'nope' is unknown; known are .*silu"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number at least 0"),
@@ -109,6 +158,11 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         (rope("yarn", factor=2.0, attention_factor=-1), r"\['attention_factor'\]"),
         (rope("yarn", factor=2.0, original_max_position_embeddings=-4), r"\['original_max_position_embeddings'\]"),
         (rope("longrope", **LISTS, original_max_position_embeddings=1), "an integer of at least 2"),
+        (rope("yarn", factor=2.0, mscale=-1), r"\['mscale'\]"),
+        (rope("yarn", factor=2.0, original_max_position_embeddings=0), "an integer of at least 2"),
+        (rope("dynamic", factor=2.0, original_max_position_embeddings=8.5), "must be a positive integer"),
+        (rope("llama3", **LLAMA3 | {"low_freq_factor": 0}), r"\['low_freq_factor'\]"),
+        (rope("llama3", **LLAMA3 | {"factor": None}, original_max_position_embeddings=512), "lack factor"),
         (rope("longrope", short_factor=[1.0] * 64), "lack long_factor"),
         (rope("longrope", **LISTS | {"long_factor": [1.0] * 3}), r"head_dim / 2 = 64 numbers, got 3 of them"),
         (rope("longrope", **LISTS | {"long_factor": 2.0}), r"\['long_factor'\] must list"),

@@ -118,15 +118,17 @@ def test_stream_gives_what_generate_gives_as_it_comes(model):
 
 
 def test_rows_end_with_any_of_the_end_tokens_and_wait_as_padding(model):
-    ids = np.array([[1, 2, 3], [4, 5, 6]])
-    free = generate(*model, ids, 8)[:, 3:]
-    ends = [int(free[0, 2]), int(free[1, 4])]
+    ids, sampler = np.array([[1, 2, 3], [4, 5, 6]]), Sampler(temperature=3.0, seed=0)
+    free = generate(*model, ids, 12, sampler=sampler)[:, 3:]
+    ends = [int(free[0, 2]), int(free[1, 7])]
     first = [int(np.argmax(np.isin(row, ends))) for row in free]
-    out = generate(*model, ids, 8, ends, pad_token_id=29)[:, 3:]
-    assert out.shape[1] == max(first) + 1
-    for row, end in enumerate(first):
-        np.testing.assert_array_equal(out[row, : end + 1], free[row, : end + 1])
-        assert (out[row, end + 1 :] == 29).all()
+    assert first == [2, 7]  # rows that end at different steps
+    for pad in (None, 0, 29):
+        out = generate(*model, ids, 12, ends, pad_token_id=pad, sampler=sampler)[:, 3:]
+        assert out.shape[1] == 8
+        np.testing.assert_array_equal(out[1], free[1, :8])
+        np.testing.assert_array_equal(out[0, :3], free[0, :3])
+        assert (out[0, 3:] == (ends[0] if pad is None else pad)).all()
 
 
 def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
@@ -134,6 +136,7 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
     write = lambda seed: generate(*model, ids, 20, sampler=Sampler(temperature=1.5, seed=seed)).tolist()  # noqa: E731
     assert write(5) == write(5)
     assert len({str(write(seed)) for seed in range(5)}) > 1
+    assert write(None) != write(None)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,12 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
         (lambda m: generate(*m, np.ones((1, 2), int), 2, attention_mask=np.array([[0.5, 1]])), "only 0"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, cache=reference.forward(*m, np.ones((1, 3), int)).cache),
          "those and at least one more"),
+        (lambda m: generate(*m, np.ones((2, 2), int), 2, attention_mask=np.array([[1, 1], [1, 0]])), "on the left"),
         (lambda m: Sampler(temperature=-1), "temperature must be 0"),
+        (lambda m: Sampler(temperature=np.inf), "temperature must be 0"),
+        (lambda m: Sampler(top_p=1.5), "top_p must be above 0"),
+        (lambda m: Sampler(min_p=-0.1), "min_p must be from 0 to 1"),
+        (lambda m: Sampler(repetition_penalty=np.inf), "repetition_penalty must be above 0"),
         (lambda m: Sampler(temperature=float("nan")), "temperature"),
         (lambda m: Sampler(top_k=0), "top_k must be None"),
         (lambda m: Sampler(top_p=0), "top_p must be above 0"),
@@ -219,3 +227,13 @@ def test_draws_follow_the_probabilities():
     # Five standard deviations of a frequency over 20,000 draws: 5 · sqrt(0.25 / 20000) = 0.018.
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.2, 0.0], atol=0.018)
     assert counts[3] == 0
+
+
+def test_corners_of_the_filters():
+    flat, sharp = np.zeros((1, 4)), np.array([[50.0, 0.0]])
+    assert np.isfinite(ours.top_p(flat, 0.75)).sum() == 3  # what reaches p exactly is enough
+    assert np.isfinite(ours.top_p(sharp, 1e-18)).sum() == 1  # the likeliest stays, however small p
+    assert np.isneginf(ours.top_p(np.array([[0.0, -np.inf]]), 1.0)[0, 1])
+    assert np.isfinite(ours.top_k(flat, 2)).sum() == 4  # ties with the last
+    greedy = Sampler(repetition_penalty=4.0).pick(np.array([[2.0, 1.0]]), np.random.default_rng(0), np.array([[0]]))
+    assert greedy[0] == 1

@@ -64,6 +64,22 @@ def test_labels_outside_the_vocabulary_are_named():
             reference.cross_entropy_backward(np.zeros((2, 3)), np.array([0, label]))
 
 
+def test_any_label_may_be_the_ignored_one():
+    rng = np.random.default_rng(0)
+    hidden, weight = rng.normal(size=(2, 3, 4)), rng.normal(size=(5, 4))
+    logits, labels = hidden @ weight.T, np.array([[0, 1, 2], [3, 0, 4]])
+    usual = np.where(labels == 0, -100, labels)
+    assert reference.cross_entropy(logits, labels, 0) == reference.cross_entropy(logits, usual)
+    assert reference.causal_lm_loss(logits, labels, 0) == reference.causal_lm_loss(logits, usual)
+    assert reference.linear_cross_entropy(hidden, weight, labels, 0) == reference.cross_entropy(logits, usual)
+    flat = reference.cross_entropy_backward(logits.reshape(6, 5), usual.reshape(6))
+    np.testing.assert_array_equal(reference.cross_entropy_backward(logits, labels, 0), flat.reshape(2, 3, 5))
+
+
+def test_large_logits_do_not_overflow():
+    assert reference.cross_entropy(np.array([[1e4, 0.0]]), np.array([0])) == 0
+
+
 def test_the_shapes_in_annotations_are_executed():
     with pytest.raises(jaxtyping.TypeCheckError):
         reference.rms_norm(np.ones((2, 3)), np.ones(4), 1e-5)

@@ -1,5 +1,6 @@
 """The whole reference against transformers, and against itself in other shapes."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -250,3 +251,61 @@ def test_an_emptied_cache_takes_any_batch(small):
     assert cache.batch_size is None
     again = forward(small, SMALL, np.ones((1, 2), int), cache=cache).logits
     np.testing.assert_array_equal(again, forward(small, SMALL, np.ones((1, 2), int)).logits)
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    fields = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    return as_float64(transformers_model(fields, 0)[1]), Config.from_dict(fields)
+
+
+def test_a_cache_that_grows_keeps_the_past(sharp):
+    ids = np.random.default_rng(0).integers(0, 30, (2, 300))
+    whole, cache = forward(*sharp, ids).logits, KVCache(2)
+    for start, end in pairwise((0, 60, 70, 290, 300)):
+        part = forward(*sharp, ids[:, start:end], cache=cache).logits
+        assert part.dtype == np.float64
+        assert miss(part, whole[:, start:end]) < FLOAT64
+    with pytest.raises(ValueError, match="cannot crop a cache of 300 tokens to -1"):
+        cache.crop(-1)
+
+
+def test_masks_and_positions_of_other_kinds(sharp):
+    ids = np.random.default_rng(0).integers(0, 30, (2, 5))
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for kind in (bool, np.uint8, np.float32):
+        np.testing.assert_array_equal(forward(*sharp, ids, mask.astype(kind)).logits, forward(*sharp, ids, mask).logits)
+    one_row = forward(*sharp, ids, position_ids=np.arange(5)[None]).logits
+    np.testing.assert_array_equal(one_row, forward(*sharp, ids).logits)
+
+
+def test_a_tied_head_is_the_embedding_whatever_else_is_there(sharp):
+    params, config = sharp
+    tied, x = dataclasses.replace(config, tie_word_embeddings=True), np.ones((1, 1, 16))
+    np.testing.assert_allclose(reference.lm_head(params, tied, x), x @ params["model.embed_tokens.weight"].T)
+    without = {name: array for name, array in params.items() if name != "lm_head.weight"}
+    forward(without, tied, np.ones((1, 1), int))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        forward(without, config, np.ones((1, 1), int))
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (1, 0, 16), (1, 2, 15)])
+def test_embeddings_of_a_wrong_shape_are_named(sharp, shape):
+    with pytest.raises(ValueError, match=r"inputs_embeds must be \(batch, length, 16\)"):
+        forward(*sharp, inputs_embeds=np.ones(shape))
+
+
+@given(configs())
+@settings(max_examples=30)
+def test_parameter_shapes_are_transformers_state_dict(fields):
+    state = transformers_model(fields, 0)[0].state_dict()
+    ours = dict(reference.parameter_shapes(Config.from_dict(fields)))
+    assert ours == {n: tuple(t.shape) for n, t in state.items() if n in ours or not fields["tie_word_embeddings"]}
+
+
+def test_classification_heeds_positions(sharp):
+    params, config = sharp
+    params = params | {"score.weight": np.random.default_rng(0).normal(size=(2, 16))}
+    ids = np.array([[1, 2, 3]])
+    moved = reference.classify(params, config, ids, position_ids=np.array([[0, 5, 9]]))
+    assert miss(moved, reference.classify(params, config, ids)) > 1e-3

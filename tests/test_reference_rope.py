@@ -134,3 +134,28 @@ def test_rotation_keeps_lengths_and_position_zero_is_still(shape):
     turned, _ = reference.apply_rope(q, k, *tables)
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(q, axis=-1), rtol=1e-6)
     np.testing.assert_array_equal(turned[:, :, 0], q[:, :, 0])
+
+
+def test_corners_of_the_frequencies():
+    small = {"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 16}
+
+    def frequencies(kind, fields=small, length=40, **rope):
+        config = Config(**fields, rope_parameters={"rope_type": kind, "factor": 2.0} | rope)
+        return rope_frequencies(config, length)
+
+    # dynamic looks at max_position_embeddings alone, as transformers does; a head of one point has nothing to stretch
+    np.testing.assert_array_equal(
+        frequencies("dynamic")[0], frequencies("dynamic", original_max_position_embeddings=4)[0]
+    )
+    assert frequencies("dynamic", {"hidden_size": 2, "num_attention_heads": 1})[0] == [1.0]
+    # yarn: a beta or mscale of 0 means the default
+    np.testing.assert_array_equal(frequencies("yarn", beta_fast=0)[0], frequencies("yarn")[0])
+    assert frequencies("yarn", mscale=0.7, mscale_all_dim=0)[1] == frequencies("yarn")[1]
+
+
+def test_yarn_with_a_tiny_base_equals_transformers():
+    """Where the ramp would end beyond the head."""
+    fields = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 4096,
+              "rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "factor": 4.0}}  # fmt: skip
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](transformers_config(fields))
+    np.testing.assert_allclose(rope_frequencies(Config.from_dict(fields))[0], expected.numpy(), rtol=1e-6)

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from llama import LlamaTokenizerFast
-from llama.checkpoints.gguf import GGUFFile, sentencepiece_bpe
+from llama.checkpoints.gguf import GGUFFile, byte_level_bpe, sentencepiece_bpe
 from llama.tokenizer import TextStream
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -171,6 +172,26 @@ def test_templates_see_messages_tokens_and_more():
     assert tokenizer.apply_chat_template(HELLO, mood="glad") == tokenizer.encode('<s>"user":hello glad')
 
 
+def test_a_template_writes_all_special_tokens_itself():
+    library = byte_tokenizer()._tokenizer
+    library.add_special_tokens(["<s>"])
+    library.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", library.token_to_id("<s>"))])
+    template = "{{ bos_token }}{% for m in messages %}\n{{ m.content }}{% endfor %}"
+    tokenizer = LlamaTokenizerFast(library, {"bos_token": "<s>", "chat_template": template})
+    assert tokenizer.apply_chat_template(HELLO).count(tokenizer.bos_token_id) == 1
+    assert tokenizer.apply_chat_template(HELLO, tokenize=False) == "<s>hello"
+    assert len(tokenizer) == 257
+    assert tokenizer.decode([256]) == "<s>"
+    assert with_template("{{ strftime_now('%Y') }}").apply_chat_template(HELLO, tokenize=False).isdigit()
+
+
+def test_a_template_in_a_file_of_its_own_counts(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert LlamaTokenizerFast.from_pretrained(tmp_path).apply_chat_template(HELLO, tokenize=False) == "hello"
+
+
 def test_templates_see_what_transformers_shows_them():
     template = (
         "{{ tools is none }} {{ documents is none }} {{ pad_token is defined }} {{ eos_token }} "
@@ -254,6 +275,41 @@ def test_an_unknown_tokenizer_in_gguf_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             written(name, fill).tokenizer()
+
+
+def test_all_a_gguf_says_of_its_tokenizer_is_heard(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", "▁", "a", "<mark>", "aa", "aaa", "aaaa"]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_context_length(32)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * 6 + [-1.0] * 3)
+    writer.add_token_types([2, 3, 3, 1, 1, 4, 1, 1, 1])
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(True)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(99)  # beyond the tokens: as if unsaid
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path / "m.gguf")
+    assert tokenizer.encode("a") == [4, 2]  # no space before, no <s>, but </s>
+    assert tokenizer.encode("a<mark>a", add_special_tokens=False) == [4, 5, 4]
+    assert tokenizer.decode([3, 4, 5]) == " a<mark>"
+    assert tokenizer.encode("a" * 7, add_special_tokens=False) == [8, 7]  # equal scores: one run grows from the left
+    assert (tokenizer.pad_token, tokenizer.unk_token) == ("<unk>", None)
+    assert tokenizer.all_special_ids == [1, 2]
+    assert tokenizer._tokenizer.encode("a", "a").ids == [4, 2, 4, 2]
+
+
+def test_merges_go_by_their_order_and_llama_3_takes_whole_words_first():
+    tokens = ["a", "b", "c", "ab", "bc", "abc"]
+    assert byte_level_bpe(tokens, ["b c", "a b"], "gpt-2").encode("abc").ids == [0, 4]
+    assert byte_level_bpe(tokens, [], "llama-bpe").encode("abc").ids == [5]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""A conversation: what was read is not read again, and nothing else is taken for it."""
+
+import json
+
+import pytest
+from checkpoint_files import FIELDS, random_params, write_chat_model, write_folder
+
+from llama.checkpoints import open_checkpoint
+from llama.reference import Sampler
+from llama.session import Session
+
+ONE, TWO = list(range(40, 60)), [*range(40, 50), *range(90, 100)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("session") / "talker.gguf")
+
+
+def open_session(model, **sampling):
+    return Session(str(model), "reference", 6, Sampler(**sampling))
+
+
+def test_what_two_texts_share_is_read_once(model):
+    session = open_session(model)
+    first = "".join(session.answer(ONE))
+    assert session.tokens_read == 20
+    assert "".join(session.answer(ONE)) == first  # all of it known: only its last token is read
+    assert session.tokens_read == 1
+    other = "".join(session.answer(TWO))
+    assert session.tokens_read == 10
+    assert other == "".join(open_session(model).answer(TWO))
+    longer = [*session.ids, 7, 8]
+    again = "".join(session.answer(longer))
+    assert session.tokens_read == 3  # the last token written was never read, and two new ones
+    assert again == "".join(open_session(model).answer(longer))
+
+
+def test_an_answer_that_is_stopped_leaves_a_conversation_to_go_on_with(model):
+    session = open_session(model)
+    answer = session.answer(ONE)
+    next(answer)
+    answer.close()
+    assert "".join(session.answer(TWO)) == "".join(open_session(model).answer(TWO))
+
+
+def test_the_sampler_is_used_and_reported_on(model):
+    greedy, drawn = open_session(model), open_session(model, temperature=2.0, seed=1)
+    assert "".join(greedy.answer(ONE)) != "".join(drawn.answer(ONE))
+    assert drawn.tokens_written == 6
+    assert drawn.report().startswith("[6 tokens, ")
+    assert drawn.report().endswith("; cut at --max-new-tokens]")
+
+
+def folder_model(tmp_path, smollm2, generation_config=None, **fields):
+    fields = FIELDS | {"vocab_size": 49152} | fields
+    folder = write_folder(tmp_path / "model", random_params(fields), fields)
+    (folder / "tokenizer.json").write_bytes((smollm2 / "tokenizer.json").read_bytes())
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    return folder
+
+
+def test_generation_config_says_where_to_end(tmp_path, smollm2):
+    folder = folder_model(tmp_path, smollm2, {"eos_token_id": [3, 4]}, eos_token_id=5)
+    assert open_checkpoint(folder).generation_config == {"eos_token_id": [3, 4]}
+    assert open_session(folder).eos_token_id == [3, 4]
+    (folder / "generation_config.json").unlink()
+    session = open_session(folder)
+    assert session.eos_token_id == 5
+    "".join(session.answer(ONE))
+    session.eos_token_id = session.ids[len(ONE)]  # the first token written
+    "".join(session.answer(ONE))
+    assert session.tokens_written == 1
+    assert "cut" not in session.report()
+
+
+def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2):
+    session = open_session(folder_model(tmp_path, smollm2))
+    assert "".join(session.answer([1] * 32)) is not None
+    with pytest.raises(ValueError, match="33 tokens, more than the 32 this model was made for"):
+        next(session.answer([1] * 33))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        next(session.answer([]))
+
+
+def test_scaled_angles_reach_beyond_the_context(tmp_path, smollm2):
+    scaling = {"type": "linear", "factor": 8.0}
+    session = open_session(folder_model(tmp_path, smollm2, rope_scaling=scaling))
+    "".join(session.answer([1] * 40))
+    assert session.tokens_written == 6
