@@ -29,6 +29,12 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor", "original_max_position_embeddings"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
 }
+ROPE_RANGES: dict[str, dict[str, float]] = {
+    "rope_theta": {"above": 1},
+    "factor": {"low": 1},
+    "low_freq_factor": {"above": 0},
+    "high_freq_factor": {"above": 0},
+}
 # What another type knows, or published configurations carry, has no effect; any other name is a slip of the pen.
 NAMES_OF_OTHERS = {"finetuned"}.union(*(required | optional for required, optional in ROPE_KEYS.values()))
 
@@ -148,14 +154,10 @@ class Config:
                     raise ValueError(f"{name} must be true or false, got {value!r}")
             elif key == "original_max_position_embeddings":
                 _check_positive_int(name, value)
-            elif key == "rope_theta":
-                _check_number(name, value, above=1)
-            elif key == "factor" and kind != "longrope":
-                _check_number(name, value, low=1)
-            elif key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-                _check_number(name, value, low=0)
-            else:
+            elif kind == "longrope" and key == "factor":  # the ratio of two lengths, as a rule
                 _check_number(name, value, above=0)
+            else:
+                _check_number(name, value, **ROPE_RANGES.get(key, {"low": 0}))
         if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
             raise ValueError(
                 f"rope_parameters['low_freq_factor'] ({rope['low_freq_factor']}) must be below "
