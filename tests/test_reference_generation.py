@@ -75,7 +75,7 @@ def test_long_prompts_past_the_trained_length_equal_transformers(kind):
         "linear": {"factor": 4.0},
         "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
         "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
-                     "original_max_position_embeddings": 32},
+                     "original_max_position_embeddings": PREFILL_CHUNK + 20},
         "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                    "original_max_position_embeddings": 32},
     }.get(kind, {})  # fmt: skip

@@ -155,7 +155,7 @@ def test_corners_of_the_frequencies():
 
 def test_yarn_with_a_tiny_base_equals_transformers():
     """Where the ramp would end beyond the head."""
-    fields = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 4096,
+    fields = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 1024,
               "rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "factor": 4.0}}  # fmt: skip
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](transformers_config(fields))
     np.testing.assert_allclose(rope_frequencies(Config.from_dict(fields))[0], expected.numpy(), rtol=1e-6)
