@@ -13,7 +13,7 @@ from pathlib import Path
 
 VENV = Path(".venv")
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-CUDA_SIZE = "The CUDA build of PyTorch is about 3 GB to download and 7 GB on disk."
+CUDA_SIZE = "The CUDA build of PyTorch is about 3 GB to download."
 
 
 def main() -> None:
