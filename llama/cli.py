@@ -28,11 +28,12 @@ def cli() -> None:
 def model_options(command: Any) -> Any:
     """The options that `generate` and `chat` share."""
     for option in (
+        # from the last to the first: a decorator shows what it adds above what is there
         click.option("--seed", type=click.IntRange(0), help="Draw the same tokens every time."),
         click.option("--repetition-penalty", default=1.0, help="Above 1 makes tokens of the text so far less likely."),
         click.option("--min-p", default=0.0, help="Drop tokens below this fraction of the best probability."),
         click.option("--top-p", default=1.0, help="Draw from the fewest tokens that reach this probability."),
-        click.option("--top-k", type=int, help="Draw from this many likeliest tokens."),
+        click.option("--top-k", type=click.IntRange(1), help="Draw from this many likeliest tokens."),
         click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 draws."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="The longest answer."),
         click.option("--backend", type=BACKENDS, default="auto", help="What computes; auto is reference for now."),

@@ -1,5 +1,6 @@
 """A model, its tokenizer and what it has read: what `llama generate` and `llama chat` run on."""
 
+import sys
 import time
 from collections.abc import Iterator
 
@@ -47,8 +48,15 @@ class Session:
         """
         if not ids:
             raise ValueError("the prompt is empty; give at least one word")
-        limit = self.config.max_position_embeddings  # linear and dynamic scaling reach beyond it
-        if len(ids) > limit and self.config.rope_parameters["rope_type"] not in ("linear", "dynamic"):
+        if max(ids) >= self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives {max(ids)}, and the model knows ids below {self.config.vocab_size}: "
+                "they do not belong together"
+            )
+        limit = self.config.max_position_embeddings
+        if self.config.rope_parameters["rope_type"] in ("linear", "dynamic"):
+            limit = sys.maxsize  # these reach beyond the length the model was trained on
+        if len(ids) > limit:
             raise ValueError(f"the text has {len(ids)} tokens, more than the {limit} this model was made for")
         shared = 0
         while shared < min(self.cache.length, len(ids) - 1) and self.ids[shared] == ids[shared]:
@@ -56,9 +64,10 @@ class Session:
         self.cache.crop(shared)
         self.ids = list(ids)
         self.tokens_read, self.tokens_written = len(ids) - shared, 0
+        room = min(self.max_new_tokens, limit - len(ids) + 1)
         text, start = TextStream(self.tokenizer), time.perf_counter()
         stream = reference.stream(
-            self.params, self.config, np.array([ids]), self.max_new_tokens, self.eos_token_id,
+            self.params, self.config, np.array([ids]), room, self.eos_token_id,
             sampler=self.sampler, cache=self.cache,
         )  # fmt: skip
         for (token,) in stream:
@@ -80,5 +89,6 @@ class Session:
         steps = self.tokens_written - 1
         rate = f"{steps / self.seconds_after:.1f} tokens/s" if steps else "no more than one step"
         reading = f"prompt of {self.tokens_read} tokens in {self.seconds_to_first:.1f} s"
-        cut = "; cut at --max-new-tokens" if self.was_cut else ""
+        at = "--max-new-tokens" if self.tokens_written == self.max_new_tokens else "the end of the model's context"
+        cut = f"; cut at {at}" if self.was_cut else ""
         return f"[{self.tokens_written} tokens, {rate}; {reading}{cut}]"

@@ -43,7 +43,8 @@ class LlamaTokenizerFast:
             setattr(self, name, token)
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default", template)
         if not isinstance(template, str | None):
             raise ValueError(f"chat_template in tokenizer_config.json must be a string, got {template!r}")
         self.chat_template = template

@@ -1,5 +1,6 @@
 """The numbers that make a LLaMA, and what they must satisfy."""
 
+import difflib
 import math
 import sys
 import warnings
@@ -189,7 +190,12 @@ class Config:
         if scaled and data.get("original_max_position_embeddings") is not None:
             rope["original_max_position_embeddings"] = data["original_max_position_embeddings"]
 
+        if not data.get("model_type") and data.get("architectures") and "Llama" not in str(data["architectures"]):
+            raise ValueError(f"architectures are {data['architectures']}; only Llama models can be read")
         known = {field.name for field in fields(cls)}
+        for key in data.keys() - known:
+            if meant := difflib.get_close_matches(key, known, n=1, cutoff=0.92):
+                raise ValueError(f"{key} is unknown; {meant[0]} must be meant")
         values = {key: value for key, value in data.items() if key in known}
         if data.get("id2label") and isinstance(data["id2label"], dict):
             values["num_labels"] = len(data["id2label"])
@@ -212,6 +218,6 @@ def _check_positive_int(name: str, value: Any, low: int = 1) -> None:
 def _check_number(name: str, value: Any, low=-math.inf, high=math.inf, above=-math.inf) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not low <= value <= high or not value > above:
-        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
+        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"of at least {low:g}"] * (low > -math.inf)
         bounds += [f"at most {high:g}"] * (high < math.inf)
         raise ValueError(f"{name} must be a number {' and '.join(bounds)}, got {value!r}")

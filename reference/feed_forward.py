@@ -29,10 +29,13 @@ def silu(x: Array) -> Array:
     return x * sigmoid(x)
 
 
+def _erf(x: Array) -> Array:
+    return np.vectorize(math.erf, otypes=[x.dtype])(x)  # NumPy has none of its own
+
+
 def gelu(x: Array) -> Array:
     """x · Φ(x), Φ the normal distribution function             (Hendrycks & Gimpel 2016)"""
-    erf = np.vectorize(math.erf, otypes=[x.dtype])  # NumPy has none of its own
-    return 0.5 * x * (1 + erf(x * 2**-0.5))
+    return 0.5 * x * (1 + _erf(x * 2**-0.5))
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -64,6 +67,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu6": lambda x: np.clip(x, 0, 6),
     "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "laplace": lambda x: 0.5 * (1 + _erf((x - 0.707107) / (0.282095 * 2**0.5))),
+    "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
     "sigmoid": sigmoid,
     "tanh": np.tanh,
     "linear": lambda x: x,

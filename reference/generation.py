@@ -62,9 +62,12 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ends = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    for name, token in [("eos_token_id", end) for end in ends] + [("pad_token_id", pad_token_id)] * bool(pad_token_id):
+    named = [("eos_token_id", end) for end in ends]
+    if pad_token_id is not None:
+        named.append(("pad_token_id", pad_token_id))
+    for name, token in named:
         if not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name} must be a token of the {config.vocab_size}, got {token!r}")
+            raise ValueError(f"{name} must be a token id from 0 to {config.vocab_size - 1}, got {token!r}")
     pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     mask = np.ones((B, T), np.int64) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != (B, T):

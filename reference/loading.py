@@ -60,20 +60,19 @@ def _untied_if_they_differ(checkpoint: "Checkpoint", config: Config) -> Config:
 
 def _tensors_to_read(config: Config, names: set[str]) -> Iterator[str]:
     """Those of a language model, or of a classifier, which has a `score` and needs no `lm_head`."""
-    classifies = "score.weight" in names
-    for name, _ in parameter_shapes(config):
-        if name in names:
-            yield name
-        elif not (classifies and name == "lm_head.weight"):
+    classifier = "score.weight" in names
+    for name, _ in parameter_shapes(config, classifier):
+        if name not in names:
             raise ValueError(f"the tensor {name} is missing")
-    if classifies:
+        yield name
+    if classifier:
         yield "score.weight"
 
 
 @contextmanager
 def _naming(path: os.PathLike[str]) -> Iterator[None]:
-    """Put the file before what is wrong with it."""
+    """Put the file before what is wrong with it, and the way out behind."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}. Correct its configuration, or fetch the model anew.") from error

@@ -12,6 +12,8 @@ def log_softmax(logits: Float[np.ndarray, "*batch V"]) -> Float[np.ndarray, "*ba
 
 def judged(labels: Int[np.ndarray, "*batch"], vocab_size: int, ignore_index: int) -> Bool[np.ndarray, "*batch"]:
     """Which labels count: all but `ignore_index`. A ValueError if one of them lies outside the vocabulary."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     counted = labels != ignore_index
     wrong = counted & ((labels < 0) | (labels >= vocab_size))
     if wrong.any():

@@ -192,8 +192,8 @@ def classify(
     return linear(x[np.arange(B), last], params, "score")
 
 
-def parameter_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name and shape of every tensor of a causal language model."""
+def parameter_shapes(config: Config, classifier: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every tensor of a causal language model, or of what lies below a classifier's head."""
     E, F, V, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     yield "model.embed_tokens.weight", (V, E)
@@ -210,19 +210,20 @@ def parameter_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
             if config.mlp_bias:
                 yield f"{prefix}.mlp.{name}_proj.bias", (out,)
     yield "model.norm.weight", (E,)
-    if not config.tie_word_embeddings:
+    if not config.tie_word_embeddings and not classifier:
         yield "lm_head.weight", (V, E)
 
 
 def check_params(params: Params, config: Config) -> None:
-    """Raise a ValueError that names the first tensor of `params` that is missing or of the wrong shape."""
-    head = {"lm_head.weight"} if "score.weight" in params else set()  # a classifier needs none
-    for name, shape in parameter_shapes(config):
+    """Raise a ValueError that names the first tensor that is missing, of a wrong shape, or a bias too many."""
+    for name, shape in parameter_shapes(config, classifier="score.weight" in params):
         if name not in params:
-            if name not in head:
-                raise ValueError(f"the tensor {name} is missing")
-        elif params[name].shape != shape:
+            raise ValueError(f"the tensor {name} is missing")
+        if params[name].shape != shape:
             raise ValueError(f"the tensor {name} has shape {params[name].shape}; the configuration asks for {shape}")
+        bias = f"{name.removesuffix('weight')}bias"  # `linear` adds what it finds
+        if bias in params and not (config.mlp_bias if ".mlp." in name else config.attention_bias):
+            raise ValueError(f"the tensor {bias} is there, and the configuration says that there are no biases")
 
 
 def _embed(
@@ -231,13 +232,14 @@ def _embed(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if inputs_embeds is not None:
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.shape[1]:
+        inputs_embeds = np.asarray(inputs_embeds)
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.size:
             raise ValueError(f"inputs_embeds must be (batch, length, {config.hidden_size}), got {inputs_embeds.shape}")
         return inputs_embeds.astype(params["model.embed_tokens.weight"].dtype, copy=False)
     ids = np.asarray(input_ids)
-    if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids must be integers of shape (batch, length > 0), got {ids.dtype} {ids.shape}")
-    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+    if not 0 <= ids.min() <= ids.max() < config.vocab_size:
         raise ValueError(f"input_ids must lie in 0 ... {config.vocab_size - 1}, got {ids.min()} ... {ids.max()}")
     return params["model.embed_tokens.weight"][ids]
 

@@ -258,7 +258,15 @@ def missing(name):
     return lambda path: write_gguf(path, {n: a for n, a in PARAMS.items() if n != name})
 
 
+def odd_rows(path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rows = np.ones((57, 64), np.float32)
+    others = {n: a for n, a in PARAMS.items() if n != name}
+    return write_gguf(path, others, extra=lambda writer: writer.add_tensor("blk.0.attn_q.weight", rows))
+
+
 GGUF_DAMAGE = {
+    "rows that make no heads": (odd_rows, r"blk\.0\.attn_q\.weight has 57 rows"),
     "no width": (without("add_embedding_length"), "lacks the field llama.embedding_length"),
     "no layers": (without("add_block_count"), "lacks the field llama.block_count"),
     "no embedding": (missing("model.embed_tokens.weight"), "lacks the tensor token_embd.weight"),
@@ -359,6 +367,8 @@ DAMAGE = {
     "truncated": (keep(slice(-5)), DAMAGED),
     "cut in the header": (keep(slice(99)), DAMAGED),
     "empty file": (put("model.safetensors", b""), DAMAGED),
+    "a folder": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir()), DAMAGED),
+    "an endless number": (put("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), r"config\.json is not valid JSON"),
     "garbage": (put("model.safetensors", b"\xff" * 999), DAMAGED),
     "missing tensor": (edit(lambda h: h.update(x=h.pop(NORM))), r"the tensor model\.norm\.weight is missing"),
     "overlapping offsets": (edit(lambda h: h[NORM].update(data_offsets=[0, 256])), DAMAGED),

@@ -77,11 +77,19 @@ def test_generation_config_says_where_to_end(tmp_path, smollm2):
 
 def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2):
     session = open_session(folder_model(tmp_path, smollm2))
-    assert "".join(session.answer([1] * 32)) is not None
+    "".join(session.answer([1] * 30))
+    assert session.tokens_written == 3  # the last one is not read, so it stands beyond the 32
+    assert session.report().endswith("; cut at the end of the model's context]")
     with pytest.raises(ValueError, match="33 tokens, more than the 32 this model was made for"):
         next(session.answer([1] * 33))
     with pytest.raises(ValueError, match="the prompt is empty"):
         next(session.answer([]))
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path, smollm2):
+    session = open_session(folder_model(tmp_path, smollm2, vocab_size=12))
+    with pytest.raises(ValueError, match="the tokenizer gives 99, and the model knows ids below 12"):
+        next(session.answer([1, 99]))
 
 
 def test_scaled_angles_reach_beyond_the_context(tmp_path, smollm2):

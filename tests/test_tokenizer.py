@@ -237,8 +237,9 @@ def test_wrong_input_is_named(tmp_path):
         tokenizer.encode("a\ud800")
     with pytest.raises(ValueError, match=r"bos_token in tokenizer_config\.json must be a string, got 3"):
         with_template(None, bos_token=3)
-    with pytest.raises(ValueError, match=r"chat_template in tokenizer_config\.json must be a string"):
-        with_template({"default": 1})
+    for template in ({"default": 1}, ["a"], 3):
+        with pytest.raises(ValueError, match=r"chat_template in tokenizer_config\.json must be a string"):
+            with_template(template)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
         LlamaTokenizerFast.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 VENV = Path(".venv")
-PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
+PYTHON = VENV / "bin" / "python"
 CUDA_SIZE = "The CUDA build of PyTorch is about 3 GB to download."
 
 
@@ -63,10 +63,14 @@ def install_torch(build: str) -> None:
     else:
         say(f"Installing PyTorch, CUDA build. {CUDA_SIZE}")
         say("Ctrl-C stops. TORCH=cpu takes the CPU build (about 200 MB), TORCH=none leaves PyTorch out.")
+        if has_torch(PYTHON) and not has_torch(PYTHON, "torch.version.cuda"):
+            subprocess.run([PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", "torch"])
     if sys.stdin.isatty():
         time.sleep(10)  # time to read that and to stop
     if not pip(version):
         sys.exit("pip could not install PyTorch; what it said stands above")
+    if build == "cuda" and not has_torch(PYTHON, "torch.version.cuda"):
+        sys.exit("pip took a build without CUDA, which one of its settings names (pip config list); TORCH=cpu keeps it")
 
 
 def pip(*arguments: object) -> bool:
@@ -79,8 +83,9 @@ def has_pip() -> bool:
     return PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
-def has_torch(python: object) -> bool:
-    return subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
+def has_torch(python: object, and_then: str = "True") -> bool:
+    code = f"import torch; raise SystemExit(not ({and_then}))"
+    return subprocess.run([python, "-c", code], capture_output=True).returncode == 0
 
 
 def has_nvidia() -> bool:

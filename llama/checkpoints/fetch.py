@@ -46,7 +46,6 @@ def fetch(alias: str) -> Path:
         return out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
     except OSError as error:
         raise OSError(
             f"{out.parent} cannot be used ({error.strerror}); LLAMA_TRITON_CACHE names another place"
@@ -54,6 +53,7 @@ def fetch(alias: str) -> Path:
     with FileLock(out.with_suffix(".lock")):
         if (out / WEIGHTS).exists():
             return out
+        free = shutil.disk_usage(out.parent).free
         if free < NEEDED:
             raise OSError(
                 f"{out.parent} has {free / 1e6:.0f} MB free and {NEEDED / 1e6:.0f} are needed; "

@@ -145,6 +145,8 @@ class GGUFFile:
             raise ValueError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be dequantised") from error
         for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if f".{projection}." in name:
+                if len(data) % (2 * self.config[heads]):
+                    raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, too many or few for its heads")
                 data = deinterleave(data, self.config[heads])
         return data
 

@@ -97,7 +97,7 @@ class SafetensorsFile:
                 pass
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it anew") from error
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -154,7 +154,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist" + (f"; {hint}" if hint else ""))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; it should hold an object")
