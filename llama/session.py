@@ -44,7 +44,8 @@ class Session:
     def answer(self, ids: list[int]) -> Iterator[str]:
         """The model's continuation of `ids`, in pieces of whole characters.
 
-        What `ids` shares with what was read before is not read again, so a long conversation costs only its news.
+        What `ids` shares with what was read before is not read again, so a long conversation costs only its news. Only
+        where RoPE's angles follow the length of the text is all of it read anew.
         """
         if not ids:
             raise ValueError("the prompt is empty; give at least one word")
@@ -59,6 +60,8 @@ class Session:
         if len(ids) > limit:
             raise ValueError(f"the text has {len(ids)} tokens, more than the {limit} this model was made for")
         shared = 0
+        if self.config.angles_follow_length:
+            self.cache.crop(0)
         while shared < min(self.cache.length, len(ids) - 1) and self.ids[shared] == ids[shared]:
             shared += 1
         self.cache.crop(shared)

@@ -166,6 +166,11 @@ class Config:
             )
         return {"rope_type": kind} | rope
 
+    @property
+    def angles_follow_length(self) -> bool:
+        """Whether RoPE turns by angles that depend on the length of the text: such a text must be read at once."""
+        return self.rope_parameters["rope_type"] in ("dynamic", "longrope")
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Config":
         """A Config from the contents of a config.json, as transformers 4.x or 5.x writes it.

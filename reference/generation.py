@@ -96,9 +96,7 @@ def _steps(
     """Apart from `stream`, so that wrong arguments raise at the call and not at the first token."""
     rng = np.random.default_rng(sampler.seed)
     running = np.ones(len(text), bool)
-    # Dynamic and longrope choose their angles by the text's length; read in chunks, the first would get other angles.
-    by_length = config.rope_parameters["rope_type"] in ("dynamic", "longrope")
-    chunk = text.shape[1] if by_length else PREFILL_CHUNK
+    chunk = text.shape[1] if config.angles_follow_length else PREFILL_CHUNK
     for _ in range(max_new_tokens):
         for start in range(cache.length, text.shape[1], chunk):  # the prompt; later the one new token
             end = start + chunk

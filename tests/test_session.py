@@ -97,3 +97,12 @@ def test_scaled_angles_reach_beyond_the_context(tmp_path, smollm2):
     session = open_session(folder_model(tmp_path, smollm2, rope_scaling=scaling))
     "".join(session.answer([1] * 40))
     assert session.tokens_written == 6
+
+
+def test_angles_that_follow_the_length_are_made_anew_for_every_text(tmp_path, smollm2):
+    folder = folder_model(tmp_path, smollm2, rope_scaling={"type": "dynamic", "factor": 2.0})
+    session = open_session(folder)
+    "".join(session.answer(ONE))
+    longer = ONE * 3  # past the 32 places the model was made for
+    assert "".join(session.answer(longer)) == "".join(open_session(folder).answer(longer))
+    assert session.tokens_read == len(longer)
