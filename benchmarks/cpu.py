@@ -151,7 +151,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     record = {
-        "command": "python -m benchmarks.cpu",
+        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "device": device(),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("numpy", "torch", "transformers")},

@@ -169,7 +169,8 @@ class Config:
     @property
     def angles_follow_length(self) -> bool:
         """Whether RoPE turns by angles that depend on the length of the text: such a text must be read at once."""
-        return self.rope_parameters["rope_type"] in ("dynamic", "longrope")
+        rope = self.rope_parameters
+        return rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Config":

@@ -153,7 +153,8 @@ def forward(
         raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
     out = decoder(params, config, input_ids, attention_mask, position_ids, cache,
                   output_hidden_states, output_attentions, inputs_embeds)  # fmt: skip
-    return Output(lm_head(params, config, out.last_hidden_state[:, -logits_to_keep:]), *out[1:])
+    kept = out.last_hidden_state[:, -logits_to_keep:]  # -0 is 0: all
+    return Output(lm_head(params, config, kept), *out[1:])
 
 
 def lm_head(params: Params, config: Config, x: Float[np.ndarray, "B T E"]) -> Float[np.ndarray, "B T V"]:

@@ -23,10 +23,10 @@ def main() -> None:
     if choice not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"TORCH={choice} is unknown; say cpu, cuda, none or auto")
 
-    # A torch in the Python that environments are made of can be seen from inside them: no need for another.
-    outside = choice == "auto" and has_torch(getattr(sys, "_base_executable", sys.executable))
     if not has_pip():
         say(f"Making the environment {VENV}")
+        # A torch in the Python that environments are made of can be seen from inside them: no need for another.
+        outside = choice == "auto" and has_torch(getattr(sys, "_base_executable", sys.executable))
         shutil.rmtree(VENV, ignore_errors=True)
         made = subprocess.run([sys.executable, "-m", "venv", *["--system-site-packages"] * outside, VENV])
         if made.returncode or not has_pip():

@@ -212,28 +212,26 @@ def check_header(path: Path) -> None:
                 raise ValueError(f"{path} is damaged or cut short; fetch it anew")
             file.seek(count, 1)
 
-        def skip_value(kind: int) -> None:
-            if kind == 8:  # a string
-                skip(number())
-            elif kind == 9:  # an array: its elements' type, their number, the elements
-                element, count = number(4), number()
-                if element in sizes:
-                    skip(count * sizes[element])
-                else:
-                    skip(0 if count * 8 <= size else size + 1)  # strings and arrays take 8 bytes at least
-                    for _ in range(count):
-                        skip_value(element)
-            elif kind in sizes:
-                skip(sizes[kind])
-            else:
-                raise ValueError(f"{path} is damaged: it holds a value of type {kind}; fetch it anew")
+        def skip_values(kind: int, count: int) -> None:
+            if kind in sizes:
+                skip(count * sizes[kind])
+            elif kind == 8:  # strings, each behind its length
+                skip(0 if count * 8 <= size else size + 1)
+                for _ in range(count):
+                    skip(number())
+            else:  # arrays of arrays, which no file has, or no type at all
+                skip(size + 1)
 
         if file.read(4) != b"GGUF" or number(4) not in (2, 3):
             raise ValueError(f"{path} is no GGUF file of version 2 or 3")
         skip(8)  # the number of tensors
         for _ in range(number()):
             skip(number())
-            skip_value(number(4))
+            kind = number(4)
+            if kind == 9:  # an array: its elements' type, their number, the elements
+                skip_values(number(4), number())
+            else:
+                skip_values(kind, 1)
 
 
 def hugging_face_name(name: str) -> str:
