@@ -9,13 +9,51 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import kernels as kernels
     from . import reference as reference
+    from .cache import DynamicCache as DynamicCache
+    from .cache import StaticCache as StaticCache
+    from .config import LlamaConfig as LlamaConfig
+    from .generation.config import GenerationConfig as GenerationConfig
+    from .modeling import LlamaForCausalLM as LlamaForCausalLM
+    from .modeling import LlamaForQuestionAnswering as LlamaForQuestionAnswering
+    from .modeling import LlamaForSequenceClassification as LlamaForSequenceClassification
+    from .modeling import LlamaForTokenClassification as LlamaForTokenClassification
+    from .modeling import LlamaModel as LlamaModel
+    from .pretrained import LlamaPreTrainedModel as LlamaPreTrainedModel
     from .tokenizer import LlamaTokenizerFast as LlamaTokenizerFast
 
-# name -> the module it lives in
-_HOMES = {"LlamaTokenizerFast": "llama.tokenizer"}
+# module -> the names that live in it
+_NAMES = {
+    "cache": ("DynamicCache", "StaticCache"),
+    "config": ("LlamaConfig",),
+    "generation.config": ("GenerationConfig",),
+    "modeling": (
+        "LlamaForCausalLM",
+        "LlamaForQuestionAnswering",
+        "LlamaForSequenceClassification",
+        "LlamaForTokenClassification",
+        "LlamaModel",
+    ),
+    "pretrained": ("LlamaPreTrainedModel",),
+    "tokenizer": ("LlamaTokenizerFast",),
+}
+_HOMES = {name: f"llama.{module}" for module, names in _NAMES.items() for name in names}
 _MODULES = ("kernels", "reference")
 
-__all__ = ["LlamaTokenizerFast", "kernels", "reference"]
+__all__ = [
+    "DynamicCache",
+    "GenerationConfig",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaForQuestionAnswering",
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
+    "LlamaModel",
+    "LlamaPreTrainedModel",
+    "LlamaTokenizerFast",
+    "StaticCache",
+    "kernels",
+    "reference",
+]
 
 
 def __getattr__(name: str) -> Any:

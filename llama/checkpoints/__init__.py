@@ -1,4 +1,4 @@
-"""Reading models from disk into NumPy arrays; no torch anywhere.
+"""Reading models from disk into NumPy arrays, without torch; or into PyTorch's tensors for those who ask.
 
 `open_checkpoint` decides what a path is. What it returns shows every format alike: Hugging Face's configuration keys,
 Hugging Face's tensor names and layout, one tensor at a time.
@@ -7,7 +7,7 @@ Hugging Face's tensor names and layout, one tensor at a time.
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,6 +16,9 @@ from ..progress import progress
 from .fetch import ALIASES, fetch
 from .gguf import GGUFFile
 from .huggingface import HuggingFaceFolder
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ALIASES", "Checkpoint", "fetch", "open_checkpoint", "read_tensors"]
 
@@ -39,6 +42,9 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored precision; bfloat16 and quantised ones, which NumPy cannot hold, as float32."""
+
+    def read_torch(self, name: str) -> "torch.Tensor":
+        """One tensor as PyTorch's; every format keeps its stored dtype that can."""
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         """The tokenizer and the contents of tokenizer_config.json."""

@@ -7,13 +7,16 @@ RoPE, which is stored as the divisors it comes to.
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..reference.rope import deinterleave
+
+if TYPE_CHECKING:
+    import torch
 
 # GGUF tensor -> Hugging Face tensor; blk.N -> model.layers.N
 GLOBAL_NAMES = {
@@ -149,6 +152,12 @@ class GGUFFile:
                     raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, too many or few for its heads")
                 data = deinterleave(data, self.config[heads])
         return data
+
+    def read_torch(self, name: str) -> "torch.Tensor":
+        import torch
+
+        data = self.read(name)
+        return torch.from_numpy(data if data.flags.writeable else data.copy())
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         try:

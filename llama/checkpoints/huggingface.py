@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,12 @@ from tokenizers import Tokenizer
 from ..progress import progress
 
 if TYPE_CHECKING:
+    import torch
+
     from . import Checkpoint
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+BIN = "pytorch_model.bin"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -43,14 +46,20 @@ class HuggingFaceFolder:
         return list(self._files)
 
     @cached_property
-    def _files(self) -> dict[str, "SafetensorsFile"]:
-        """Which file holds which tensor."""
-        if (self.path / WEIGHTS).exists():
-            file = SafetensorsFile(self.path / WEIGHTS)
-            return dict.fromkeys(file.header, file)
-        index = self.path / INDEX
-        if not index.exists():
-            raise FileNotFoundError(f"{self.path} holds neither {WEIGHTS} nor {INDEX}: there are no weights to read")
+    def _files(self) -> dict[str, Any]:
+        """Which file holds which tensor. transformers' order: safetensors before .bin, one file before shards."""
+        for name, opened in ((WEIGHTS, SafetensorsFile), (BIN, _torch_file)):
+            if (self.path / name).exists():
+                file = opened(self.path / name)
+                return dict.fromkeys(file.header, file)
+            index = self.path / f"{name}.index.json"
+            if index.exists():
+                return self._shards(index, opened)
+        raise FileNotFoundError(
+            f"{self.path} holds neither {WEIGHTS} nor {BIN}, nor an index of shards: there are no weights to read"
+        )
+
+    def _shards(self, index: Path, opened: Callable[[Path], Any]) -> dict[str, Any]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index} has no weight_map from tensor names to file names")
@@ -58,7 +67,7 @@ class HuggingFaceFolder:
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard or shard in ("", ".", ".."):
                 raise ValueError(f"{index} points to {shard!r}, outside its own folder; only file names can be read")
-            shards[shard] = SafetensorsFile(self.path / shard)
+            shards[shard] = opened(self.path / shard)
         for name, shard in weight_map.items():
             if name not in shards[shard].header:
                 raise ValueError(f"{index} looks for {name} in {shard}, which does not hold it; fetch both anew")
@@ -66,6 +75,9 @@ class HuggingFaceFolder:
 
     def read(self, name: str) -> np.ndarray:
         return self._files[name].read(name)
+
+    def read_torch(self, name: str) -> "torch.Tensor":
+        return self._files[name].read_torch(name)
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         path = self.path / "tokenizer.json"
@@ -81,6 +93,14 @@ class HuggingFaceFolder:
         if template.exists():
             config = config | {"chat_template": template.read_text(encoding="utf-8")}
         return tokenizer, config
+
+
+def _torch_file(path: Path) -> Any:
+    try:
+        from .torch_files import TorchFile
+    except ImportError as error:
+        raise ValueError(f"{path} can only be read with PyTorch, which is not installed") from error
+    return TorchFile(path)
 
 
 class SafetensorsFile:
@@ -105,6 +125,14 @@ class SafetensorsFile:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.header.pop("__metadata__", None)
         self._start = 8 + length
+
+    def read_torch(self, name: str) -> "torch.Tensor":
+        """A tensor as PyTorch's, in its stored dtype: mapped, and private to the process if written to."""
+        return self._library.get_tensor(name)
+
+    @cached_property
+    def _library(self) -> Any:
+        return safe_open(self.path, framework="pt")
 
     def read(self, name: str) -> np.ndarray:
         entry = self.header[name]

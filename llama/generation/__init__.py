@@ -1,0 +1,1 @@
+"""Writing: how (`config`), from logits to a choice (`processors`), and when to stop (`stopping`)."""

@@ -1,0 +1,414 @@
+"""`generate`: what a model writes after a prompt. Options, defaults and the order of things are transformers'."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..cache import Cache, DynamicCache, StaticCache, as_cache
+from ..outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from ..tokenizer import TextStream
+from .config import GenerationConfig
+from .processors import LogitsProcessorList, processors_for
+from .stopping import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria, criteria_for
+
+OWN_ARGUMENTS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "assistant_model",
+)
+MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "input_ids", "tokenizer")
+
+
+class Reader:
+    """A model and what it has read of some texts: it reads what is new of them and scores what may follow.
+
+    Args:
+        mask: (B, P) of the prompt, None where there is no padding.
+        position_ids: (B, P) of the prompt, None where they follow the mask.
+        limit: the longest the texts can become.
+        inputs_embeds: (B, P, E) that are read in the place of the prompt's ids, of which there may be fewer or none.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache | None, mask: torch.Tensor | None = None,
+                 position_ids: torch.Tensor | None = None, limit: int = 0, inputs_embeds: torch.Tensor | None = None,
+                 ids_length: int = 0, **outputs: bool):  # fmt: skip
+        self.model, self.cache, self.outputs = model, cache, outputs
+        self.embeds = inputs_embeds
+        self.ahead = 0 if inputs_embeds is None else inputs_embeds.shape[1] - ids_length
+        if mask is not None:
+            if position_ids is None:
+                position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+            mask = F.pad(mask, (0, max(limit + self.ahead - mask.shape[1], 0)), value=1)
+        self.mask, self.positions = mask, position_ids
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return 0 if self.cache is None else self.cache.get_seq_length()
+
+    def read(self, ids: torch.Tensor, keep: int = 1) -> Any:
+        """The model's output, with the logits of the last `keep` tokens of `ids` (B, S), the texts so far."""
+        start, end = self.length, ids.shape[1] + self.ahead
+        embeds, new = self.embeds, None
+        if embeds is None or start >= embeds.shape[1]:
+            embeds, new = None, ids[:, start - self.ahead :]
+        else:
+            embeds = embeds[:, start:]
+        positions = self.positions
+        if positions is not None:
+            while positions.shape[1] < end:
+                positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+            self.positions, positions = positions, positions[:, start:end]
+        mask = None if self.mask is None else self.mask[:, :end]
+        return self.model(
+            input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+            inputs_embeds=embeds, use_cache=self.cache is not None, logits_to_keep=keep, return_dict=True,
+            **self.outputs,
+        )  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One call of `generate`, prepared: what the ways of writing share.
+
+    ids: (B, limit), of which `length` columns are written. ends: the end tokens, None for none.
+    """
+
+    model: Any
+    config: GenerationConfig
+    reader: Reader
+    ids: torch.Tensor
+    length: int
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    ends: torch.Tensor | None
+    pad: int
+    record: dict[str, list] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def text(self) -> torch.Tensor:
+        """(B, length): what there is so far."""
+        return self.ids[:, : self.length]
+
+    @property
+    def kept_scores(self) -> tuple[torch.Tensor, ...] | None:
+        return tuple(self.record["scores"]) if "scores" in self.record else None
+
+    def keep(self, **values: Any) -> None:
+        """Record of a step's values those that were asked for."""
+        for name, kept in self.record.items():
+            kept.append(values[name])
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """(B, V) processed scores -> (B,) tokens."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(F.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+
+    def append(self, tokens: torch.Tensor) -> None:
+        self.ids[:, self.length] = tokens
+        self.length += 1
+
+
+def write(run: Run) -> Iterator[torch.Tensor]:
+    """Greedy search or sampling: yields each step's (B,) tokens. Rows that are done get padding."""
+    running: torch.Tensor | None = None  # all of them
+    while run.length < run.limit:
+        out = run.reader.read(run.text)
+        logits = out.logits[:, -1].float()
+        scores = run.processors(run.text, logits) if run.processors else logits
+        if run.record:
+            run.keep(scores=scores, logits=logits.clone(), attentions=out.attentions, hidden_states=out.hidden_states)
+        del out
+        tokens = run.choose(scores)
+        if running is not None and run.ends is not None:
+            tokens = torch.where(running, tokens, run.pad)
+        run.append(tokens)
+        yield tokens
+        if run.criteria:
+            done = run.criteria(run.text, run.kept_scores)
+            running = ~done if running is None else running & ~done
+            if not running.any():
+                return
+
+
+class GenerationMixin:
+    """`generate` for a language model: an nn.Module with `config`, `generation_config` and transformers' forward."""
+
+    config: Any
+    generation_config: GenerationConfig
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Iterable | None = None,
+        stopping_criteria: Iterable | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: Any = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write after the prompts: transformers' `generate`.
+
+        Args:
+            inputs: (B, T) ids, shorter prompts padded on the left; also as `input_ids`. With neither, and no
+                `inputs_embeds`, the text begins with `bos_token_id`.
+            generation_config: options; what it leaves open the model's own says. `kwargs` come before both.
+            logits_processor, stopping_criteria: more of them, which join those of the options.
+            prefix_allowed_tokens_fn: from a row's number and its ids to the ids that may follow.
+            assistant_model: a smaller model of the same vocabulary that drafts what this one checks (batch of one).
+            streamer: an object whose `put` gets the prompts and then every step's tokens, and at last `end` is called.
+            negative_prompt_ids, negative_prompt_attention_mask: for `guidance_scale`.
+            kwargs: fields of `GenerationConfig`; `attention_mask` (B, T), `position_ids`, `inputs_embeds` (B, T, E),
+                `past_key_values` (a cache that holds the first tokens of the prompt), `tokenizer` (for `stop_strings`).
+
+        Returns:
+            (B · num_return_sequences, length) ids, prompts included (not where `inputs_embeds` came alone); or, with
+            `return_dict_in_generate`, a record of them and what was asked for.
+
+        Raises:
+            ValueError: an option that is unknown or cannot work, padding on the right, a cache that does not fit.
+        """
+        run = self._prepare(inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
+                            negative_prompt_ids, negative_prompt_attention_mask, assistant_model, kwargs)  # fmt: skip
+        config = run.config
+        if config.num_beams > 1:
+            if streamer is not None:
+                raise ValueError("a streamer needs num_beams=1: a beam can still lose against another")
+            from .beams import beam_search
+
+            sequences, beams = beam_search(run)
+            return self._result(run, sequences, **beams)
+        if streamer is not None:
+            streamer.put(run.text.cpu())
+        for tokens in self._writer(run, assistant_model):
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+        if streamer is not None:
+            streamer.end()
+        return self._result(run, run.text.clone() if run.length < run.limit else run.ids)
+
+    @torch.no_grad()
+    def stream(self, inputs: torch.Tensor | None = None, *, tokenizer: Any, skip_special_tokens: bool = True,
+               **kwargs: Any) -> Iterator[str]:  # fmt: skip
+        """`generate` for one prompt, as text: pieces of whole characters, each as soon as it is certain.
+
+        Stop strings are not part of the text. Arguments are those of `generate`; wrong ones raise at the first piece.
+        """
+        options = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
+        run = self._prepare(inputs, **options, kwargs=kwargs | {"tokenizer": tokenizer})
+        if len(run.ids) != 1 or run.config.num_beams > 1:
+            raise ValueError("stream writes one text: give one prompt, num_beams=1 and num_return_sequences=1")
+        stops = next((c.stop_strings for c in run.criteria if isinstance(c, StopStringCriteria)), ())
+        text, pending = TextStream(tokenizer, skip_special_tokens), ""
+        pieces = (text.put(int(token)) for token in self._writer(run, options["assistant_model"]))
+        for piece in (piece for source in (pieces, iter(text.end, None)) for piece in source):
+            pending += piece
+            first = min((place for stop in stops if (place := pending.find(stop)) >= 0), default=None)
+            if first is not None:
+                yield pending[:first]
+                return
+            held = max((n for stop in stops for n in range(len(stop)) if pending.endswith(stop[:n])), default=0)
+            if len(pending) > held:
+                yield pending[: len(pending) - held]
+                pending = pending[len(pending) - held :]
+        if pending:
+            yield pending
+
+    def _writer(self, run: Run, assistant_model: Any) -> Iterator[torch.Tensor]:
+        if assistant_model is None and run.config.prompt_lookup_num_tokens is None:
+            return write(run)
+        from .speculative import write_speculatively
+
+        return write_speculatively(run, assistant_model)
+
+    def _prepare(self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
+                 negative_prompt_ids, negative_prompt_attention_mask, assistant_model,
+                 kwargs: dict[str, Any]) -> Run:  # fmt: skip
+        """Options merged, inputs checked and repeated as often as texts are to be written, the first cache made."""
+        config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+        unused = config.update(**kwargs)
+        fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
+        config.update(defaults_only=True, allow_custom_entries=True, **fallback)
+        given = {name: unused.pop(name, None) for name in MODEL_INPUTS}
+        for name in ("cache_position", "return_dict", "logits_to_keep", "num_logits_to_keep"):
+            unused.pop(name, None)  # what a prepared call may carry, and generation decides by itself
+        if unused:
+            raise ValueError(
+                f"The following `model_kwargs` are not used by the model: {sorted(unused)} (a misspelt option of "
+                "generate shows up here too)"
+            )
+        embeds, device = given["inputs_embeds"], self.device  # type: ignore[attr-defined]
+        ids = self._ids(inputs, given["input_ids"], embeds, config, device)
+        prompt = ids.shape[1] if embeds is None else embeds.shape[1]
+        ends, pad = _special_tokens(config, self.config.vocab_size, device)
+
+        mask = self._mask(given["attention_mask"], ids, embeds, config, pad, prompt)
+        cache, static = given["past_key_values"], config.cache_implementation == "static"
+        cache = None if cache is None else as_cache(cache)
+        if cache is not None and cache.get_seq_length() >= prompt:
+            raise ValueError(
+                f"the cache holds {cache.get_seq_length()} tokens; the prompt must hold those and at least one more, "
+                f"got {prompt}"
+            )
+        positions = self.config.max_position_embeddings
+        limit = config.total_length(ids.shape[1], positions)
+        if config.max_new_tokens is None and config.given("max_length") and not ids.shape[1]:
+            limit -= prompt
+        if limit <= ids.shape[1]:
+            raise ValueError(
+                f"Input length of input_ids is {prompt}, but `max_length` is set to {config.max_length}: "
+                "there is no room for a token; set `max_new_tokens`, or `max_length` above it"
+            )
+        criteria = criteria_for(config, ids.shape[1], tokenizer=given["tokenizer"], extra=stopping_criteria or ())
+        lengths = [c.max_length for c in stopping_criteria or () if type(c) is MaxLengthCriteria]
+        limit = min([limit, *lengths])
+        criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
+
+        times = max(config.num_beams, config.num_return_sequences)
+        position_ids = given["position_ids"]
+        if times > 1:
+            ids = ids.repeat_interleave(times, dim=0)
+            mask, embeds, position_ids = (
+                None if t is None else t.repeat_interleave(times, dim=0) for t in (mask, embeds, position_ids)
+            )
+            if cache is not None and cache.get_seq_length() and len(cache[0][0]) != len(ids):
+                cache.batch_repeat_interleave(times)
+        if cache is None and (config.use_cache or embeds is not None):
+            cache = StaticCache(self.config, limit + prompt - ids.shape[1]) if static else DynamicCache()
+        record: dict[str, list] = {}
+        if config.return_dict_in_generate:
+            kept = ("scores", "logits", "attentions", "hidden_states")
+            record = {name: [] for name in kept if getattr(config, f"output_{name}")}
+        outputs = {f"output_{name}": name in record for name in ("attentions", "hidden_states")}
+        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], **outputs)  # type: ignore[arg-type]
+        processors = processors_for(
+            config, ids.shape[1], device=device, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            extra=logits_processor or (), model=self, attention_mask=mask if embeds is None else None,
+            negative_prompt_ids=negative_prompt_ids, negative_prompt_attention_mask=negative_prompt_attention_mask,
+        )  # fmt: skip
+        buffer = F.pad(ids, (0, limit - ids.shape[1]), value=pad)
+        return Run(self, config, reader, buffer, ids.shape[1], processors, criteria, ends, pad, record)
+
+    def _ids(self, inputs, input_ids, embeds, config: GenerationConfig, device) -> torch.Tensor:
+        """The prompts' ids (B, T); (B, 0) where embeddings come alone."""
+        if inputs is not None and input_ids is not None:
+            raise ValueError("inputs and input_ids are the same argument; give one of them")
+        ids = input_ids if inputs is None else inputs
+        if ids is None and embeds is not None:
+            return torch.zeros(len(embeds), 0, dtype=torch.long, device=device)
+        if ids is None:
+            if config.bos_token_id is None:
+                raise ValueError("there is no prompt and no bos_token_id to begin with; give input_ids")
+            return torch.full((1, 1), config.bos_token_id, dtype=torch.long, device=device)
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(
+                "input_ids must be a tensor (batch, length) of integers, got "
+                + (f"{tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__)
+            )
+        if not ids.shape[1] and embeds is None:
+            raise ValueError("input_ids must hold at least one token")
+        return ids.to(device, torch.long)
+
+    def _mask(self, mask, ids, embeds, config: GenerationConfig, pad: int, prompt: int) -> torch.Tensor | None:
+        """The prompts' padding (B, T) as 0 and 1; None where there is none."""
+        B = len(ids)
+        if mask is None:
+            known = config.pad_token_id is not None and embeds is None
+            ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+            if known and pad in ends and B > 1 and bool((ids[:, 0] == pad).any()):
+                warnings.warn(
+                    "the padding token is also the end token, so padding cannot be told from text: pass attention_mask",
+                    stacklevel=4,
+                )
+            if not known or pad in ends or not bool((ids == pad).any()):
+                return None
+            mask = ids != pad
+        if mask.dim() != 2 or mask.shape != (B, prompt):
+            raise ValueError(f"`attention_mask` passed to `generate` must be {(B, prompt)}, got {tuple(mask.shape)}")
+        mask = (mask.to(ids.device) != 0).long()
+        if bool(mask.all()):
+            return None
+        if not bool(mask[:, -1].all()):
+            raise ValueError("generation goes on from the last token: pad prompts on the left (the mask ends with 0)")
+        return mask
+
+    def _result(self, run: Run, sequences: torch.Tensor, **beams: torch.Tensor) -> Any:
+        if not run.config.return_dict_in_generate:
+            return sequences
+        record: dict[str, Any] = {name: tuple(values) for name, values in run.record.items()}
+        record |= {"sequences": sequences, "past_key_values": run.reader.cache if run.config.use_cache else None}
+        if not beams:
+            return GenerateDecoderOnlyOutput(record)
+        if not run.config.output_scores:
+            beams = {}
+        return GenerateBeamDecoderOnlyOutput(record | beams)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, past_key_values: Any = None, attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The arguments of `forward` that go on with `input_ids`, the whole text, after what the cache holds.
+
+        `generate` does not ask it; libraries that write by themselves do.
+        """
+        past = 0 if past_key_values is None else as_cache(past_key_values).get_seq_length()
+        new = {"input_ids": input_ids[:, past:]}
+        if inputs_embeds is not None and past < inputs_embeds.shape[1]:
+            new = {"inputs_embeds": inputs_embeds[:, past:]}
+        return new | {"past_key_values": past_key_values, "attention_mask": attention_mask} | kwargs
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """(B, steps): the score each written token had, from a record that `output_scores` kept; 0 behind a beam's end.
+
+        Args:
+            beam_indices: (B, steps), from the record of a beam search.
+            normalize_logits: make log probabilities of the scores.
+        """
+        steps = torch.stack(scores)  # (steps, B · beams, V)
+        if normalize_logits:
+            steps = steps.log_softmax(-1)
+        if beam_indices is None:
+            came_from = torch.arange(len(sequences), device=steps.device)[:, None].expand(-1, len(steps))
+        else:
+            came_from = beam_indices[:, : int((beam_indices >= 0).sum(-1).max())]
+        written = came_from.shape[1]
+        tokens, step = sequences[:, sequences.shape[1] - written :], torch.arange(written, device=steps.device)
+        return steps[step[None], came_from.clamp(min=0), tokens].masked_fill(came_from < 0, 0.0)
+
+
+def _special_tokens(config: GenerationConfig, vocab_size: int, device) -> tuple[torch.Tensor | None, int]:
+    """The end tokens (n,), None for none, and what fills rows that are done: `pad_token_id`, or the first end token."""
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    pad = config.pad_token_id
+    for name, token in (*(("eos_token_id", end) for end in ends), ("pad_token_id", pad)):
+        if token is not None and token >= vocab_size:
+            raise ValueError(f"{name} is {token}, and the model knows ids below {vocab_size}")
+    if pad is None or pad < 0:
+        pad = ends[0] if ends else 0
+    return torch.tensor(ends, device=device) if ends else None, pad

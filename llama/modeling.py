@@ -1,0 +1,637 @@
+"""The model in PyTorch: transformers' Llama classes, module by module and name by name.
+
+Read it from the bottom of the class list up, or from `LlamaModel.forward` down. What is computed on every token lives
+in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretrained`; writing text in
+`llama.generation`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from . import ops, reference
+from .activations import activation
+from .cache import Cache, DynamicCache, as_cache
+from .config import LlamaConfig
+from .generation.mixin import GenerationMixin
+from .outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from .pretrained import LlamaPreTrainedModel
+
+
+class LlamaRMSNorm(nn.Module):
+    """RMSNorm with a learned gain; `ops.rms_norm` has the formula."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class LlamaRotaryEmbedding(nn.Module):
+    """cos and sin of the positions' angles, from the reference's frequencies.
+
+    The frequencies stay float32 whatever the model is moved to: bfloat16 would turn position 2000 by 1.3 radians too
+    many. Of types whose angles follow the length (dynamic, longrope), the longest row of the batch decides for all.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config.checked()
+        frequencies, self.attention_scaling = reference.rope_frequencies(self.config)
+        self.register_buffer("inv_freq", torch.tensor(frequencies, device="cpu"), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LlamaRotaryEmbedding":
+        """Follow the model to its device, not to its dtype; and be whole again after a stay on "meta"."""
+        frequencies, _ = reference.rope_frequencies(self.config)
+        self.inv_freq = torch.tensor(frequencies, device=fn(self.inv_freq).device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B or 1, T) positions -> cos and sin, (B or 1, T, D) in x's dtype."""
+        inv_freq = self.inv_freq
+        if self.config.angles_follow_length:
+            frequencies, _ = reference.rope_frequencies(self.config, length=int(position_ids.max()) + 1)
+            inv_freq = torch.from_numpy(frequencies).to(inv_freq.device)
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class LlamaMLP(nn.Module):
+    """down(act(gate(x)) · up(x)), SwiGLU where act is silu."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.act_fn = activation(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = ops.linear(self.gate_proj, x), ops.linear(self.up_proj, x)
+        hidden = ops.swiglu(gate, up) if type(self.act_fn) is nn.SiLU else self.act_fn(gate) * up
+        return ops.linear(self.down_proj, hidden)
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions and a cache."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.attention_dropout = config.head_dim, config.attention_dropout
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = _linear(config.hidden_size, heads * self.head_dim, config.attention_bias)
+        self.k_proj = _linear(config.hidden_size, kv_heads * self.head_dim, config.attention_bias)
+        self.v_proj = _linear(config.hidden_size, kv_heads * self.head_dim, config.attention_bias)
+        self.o_proj = _linear(heads * self.head_dim, config.hidden_size, config.attention_bias)
+        self.heads = list(range(heads))  # those that are left, by their first numbers
+        self.kv_of = [head * kv_heads // heads for head in self.heads]  # the key/value head that each of them reads
+        self.groups_are_even = True
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, E) -> (B, T, E), and the weights (B, H, T, S) where they are asked for."""
+        B, T, _ = hidden_states.shape
+        q, k, v = (
+            ops.linear(projection, hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = ops.apply_rope(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        if not self.groups_are_even:
+            k, v = k[:, self.kv_of], v[:, self.kv_of]
+
+        dropout, weights = self.attention_dropout if self.training else 0.0, None
+        if output_attentions or self.config.attn_implementation == "eager":
+            weights = F.dropout(ops.attention_weights(q, k, attention_mask), dropout)
+            out = ops.weigh(weights, v)
+        else:
+            out = ops.attention(q, k, v, attention_mask, dropout)
+        out = out.transpose(1, 2).reshape(B, T, -1)
+        return ops.linear(self.o_proj, out), weights if output_attentions else None
+
+    def prune_heads(self, heads: set[int]) -> None:
+        """Take these query heads out, and every key/value head that no query head reads any more.
+
+        Heads keep their first numbers, however often one prunes.
+        """
+        kept = [place for place, head in enumerate(self.heads) if head not in heads]
+        if not kept:
+            raise ValueError(f"layer {self.layer_idx} would be left without any attention head; keep at least one")
+        kv_kept = sorted({self.kv_of[place] for place in kept})
+
+        def rows(places: list[int]) -> torch.Tensor:
+            return torch.cat([torch.arange(place * self.head_dim, (place + 1) * self.head_dim) for place in places])
+
+        self.q_proj = _select(self.q_proj, rows(kept), dim=0)
+        self.k_proj, self.v_proj = (_select(module, rows(kv_kept), dim=0) for module in (self.k_proj, self.v_proj))
+        self.o_proj = _select(self.o_proj, rows(kept), dim=1)
+        self.heads = [self.heads[place] for place in kept]
+        self.kv_of = [kv_kept.index(self.kv_of[place]) for place in kept]
+        groups = [self.kv_of.count(kv) for kv in range(len(kv_kept))]
+        self.groups_are_even = len(set(groups)) == 1  # neighbours still, for the order is kept
+
+
+def _select(module: nn.Linear, places: torch.Tensor, dim: int) -> nn.Linear:
+    """A Linear of some of `module`'s outputs (dim 0) or inputs (dim 1)."""
+    places = places.to(module.weight.device)
+    weight = module.weight.detach().index_select(dim, places)
+    new = _linear(weight.shape[1], weight.shape[0], bias=False)
+    new.weight = nn.Parameter(weight, module.weight.requires_grad)
+    if module.bias is not None:
+        bias = module.bias.detach()
+        new.bias = nn.Parameter(bias.index_select(0, places) if dim == 0 else bias.clone(), module.bias.requires_grad)
+    return new.train(module.training)
+
+
+def _linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """nn.Linear without its own initialisation, which `post_init` or a checkpoint would overwrite."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+    return linear
+
+
+class LlamaDecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attentions: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(B, T, E) -> (B, T, E). The attention's weights are added to `attentions` where there is such a list."""
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            attentions is not None,
+        )
+        if attentions is not None and weights is not None:
+            attentions.append(weights)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LlamaModel(LlamaPreTrainedModel):
+    """Everything below a head: embedding, layers, final norm. transformers' `LlamaModel`."""
+
+    base_model_prefix = ""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        pad = config.pad_token_id
+        self.padding_idx = None if pad is None or pad < 0 else pad  # the first LLaMA's files say -1
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        packed: bool = False,
+    ) -> Any:
+        """Read T tokens after the P that the cache holds.
+
+        Args:
+            input_ids: (B, T) ids; or `inputs_embeds`, (B, T, E), in their place.
+            attention_mask: (B, P + T), 0 where there is padding; or (B or 1, H or 1, T, P + T), taken as it is: bool,
+                True where a token may look, or float, which is added to the scores. Default: no padding.
+            position_ids: (B or 1, T). Default: every row counts its unmasked tokens from 0, so that a padded row is
+                read as it would be alone. (transformers' forward counts padding too, its generate does not.)
+            past_key_values: a `Cache`, or a tuple over layers of (keys, values). It is filled in place.
+            use_cache: return a cache, a new one if none was handed in. Default: as `config.use_cache` says.
+            cache_position: (T,), where these tokens stand. Only P .. P + T - 1 is possible, and left out as a rule; an
+                earlier place crops the cache to it.
+            packed: the rows hold several texts; one begins wherever `position_ids` do not go on by one.
+
+        Returns:
+            `BaseModelOutputWithPast`, or with `return_dict=False` the tuple of what is not None.
+
+        Raises:
+            ValueError: an argument of the wrong shape: a mask that does not cover the cache and the new tokens, say.
+            IndexError: an id outside the vocabulary.
+        """
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        use_cache = config.use_cache if use_cache is None else use_cache
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recompute and past_key_values is None:
+            use_cache = False  # what would be kept is what is meant to be forgotten
+
+        x = self._embed(input_ids, inputs_embeds)
+        cache = None if past_key_values is None else as_cache(past_key_values)
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        position_ids, mask = self._places(x, attention_mask, position_ids, cache, cache_position, packed)
+        rotation = self.rotary_emb(x, position_ids)
+
+        hidden_states: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] | None = [] if output_attentions else None
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x)
+            if recompute:
+                x = checkpoint(layer, x, rotation, mask, cache, attentions, **self.gradient_checkpointing_kwargs)
+            else:
+                x = layer(x, rotation, mask, cache, attentions)
+        x = self.norm(x)
+        out = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=None if attentions is None else tuple(attentions[: len(self.layers)]),
+        )
+        return out if self._wants_dict(return_dict) else out.to_tuple()
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                wanted = f"(batch, length, {self.config.hidden_size})"
+                raise ValueError(f"inputs_embeds must be {wanted}, got {tuple(inputs_embeds.shape)}")
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be (batch, length) of integers, got {_describe(input_ids)}")
+        if torch.compiler.is_compiling():
+            return self.embed_tokens(input_ids)
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            low, high, top = int(input_ids.min()), int(input_ids.max()), self.embed_tokens.num_embeddings - 1
+            raise IndexError(f"input_ids must be from 0 to {top}, got {low if low < 0 else high}") from error
+
+    def _places(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+        packed: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the tokens stand, (B or 1, T), and whom they see: None for all before them, or a mask of four axes."""
+        B, T, _ = x.shape
+        compiling = torch.compiler.is_compiling()
+        if cache_position is not None and cache is not None and not compiling:
+            start, held = int(cache_position[0]), cache.get_seq_length()
+            if len(cache_position) != T or start > held:
+                raise ValueError(
+                    f"cache_position must be {T} places from {held}, the cache's end; got {cache_position}"
+                )
+            cache.crop(start)
+        past = 0 if cache is None else cache.get_seq_length()
+        total = past + T
+        if attention_mask is not None:
+            room = None if cache is None else cache.max_cache_len
+            if attention_mask.dim() in (2, 4) and attention_mask.shape[-1] == room:
+                attention_mask = attention_mask[..., :total]  # as wide as a static cache, as transformers wants it
+            shape = tuple(attention_mask.shape)
+            is_2d = shape == (B, total)
+            is_4d = len(shape) == 4 and shape[0] in (1, B) and shape[2:] == (T, total)
+            if not (is_2d or (is_4d and shape[1] in (1, self.config.num_attention_heads))):
+                raise ValueError(
+                    f"attention_mask must be {(B, total)} or (batch, heads, {T}, {total}), for {past} tokens in the "
+                    f"cache and {T} new ones; got {shape}"
+                )
+        padding = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            padding, attention_mask = attention_mask != 0, None
+            if not compiling and padding.device.type == "cpu" and bool(padding.all()):
+                padding = None
+
+        if position_ids is None and packed:
+            raise ValueError("packed needs position_ids, which begin anew where a text does")
+        if position_ids is None:
+            if padding is None:
+                position_ids = torch.arange(past, total, device=x.device)[None]
+            else:
+                position_ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        else:
+            position_ids = position_ids[None] if position_ids.dim() == 1 else position_ids
+            if position_ids.dim() != 2 or len(position_ids) not in (1, B) or position_ids.shape[1] != T:
+                raise ValueError(f"position_ids must be {(B, T)} or (1, {T}), got {tuple(position_ids.shape)}")
+
+        mask = attention_mask
+        if padding is not None:
+            mask = padding[:, None, None, :]
+            mask = mask & ops.causal_mask(T, total, x.device) if T > 1 else mask
+        if packed:
+            if past:
+                raise ValueError("packed rows cannot follow a cache")
+            breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+            text = F.pad(breaks.cumsum(-1), (1, 0))
+            alone = (text[:, None, :, None] == text[:, None, None, :]) & ops.causal_mask(T, T, x.device)
+            if mask is not None and mask.dtype != torch.bool:
+                raise ValueError("packed cannot be joined with a float attention_mask; put the texts' borders into it")
+            mask = alone if mask is None else alone & mask
+        if mask is not None and mask.is_floating_point() and mask.dtype != x.dtype:
+            mask = mask.to(x.dtype)
+        return position_ids, mask
+
+
+class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
+    """The language model: `LlamaModel` with a score for every token of the vocabulary."""
+
+    _tied_weights_keys = ("lm_head.weight",)
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = _linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        num_logits_to_keep: int | torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        packed: bool = False,
+    ) -> Any:
+        """Score the next token of every token. Arguments as `LlamaModel.forward`, and:
+
+        Args:
+            labels: (B, T) ids, as a rule `input_ids` again: token t is scored against label t + 1. `ignore_index` does
+                not count.
+            logits_to_keep: an int n computes the last n positions only, 0 all; a tensor (n,) of indices, those. The
+                loss then counts what is computed. `num_logits_to_keep` is transformers 4's name for it.
+            num_items_in_batch: the loss is the sum over this number instead of the mean.
+            shift_labels: (B, T) labels that are shifted already: token t is scored against label t.
+
+        Returns:
+            `CausalLMOutputWithPast`, or with `return_dict=False` the tuple of what is not None.
+        """
+        if num_logits_to_keep is not None:
+            logits_to_keep = num_logits_to_keep
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            output_attentions, output_hidden_states, True, cache_position, packed,
+        )  # fmt: skip
+        x = out.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
+        logits = ops.linear(self.lm_head, x[:, kept])
+        if labels is not None and shift_labels is None:
+            _check_labels(labels, x.shape[:2])
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        loss = None
+        if shift_labels is not None:
+            _check_labels(shift_labels, x.shape[:2], "shift_labels")
+            loss = ops.cross_entropy(logits, shift_labels[:, kept], num_items_in_batch, ignore_index)
+        out = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return out if self._wants_dict(return_dict) else out.to_tuple()
+
+
+class LlamaForSequenceClassification(LlamaPreTrainedModel):
+    """`LlamaModel` with a score for every label, read off the last token of a text."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.score = _linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+    ) -> Any:
+        """Score the texts. Arguments as `LlamaModel.forward`, and:
+
+        Args:
+            labels: (B,) ids for single-label classification, (B, num_labels) floats of 0 and 1 for multi-label, floats
+                for regression. Which of them is meant `config.problem_type` says, or one label (regression) or integers
+                (single-label) do.
+
+        The last token is the rightmost that is not `config.pad_token_id`; with `inputs_embeds` the rightmost that
+        `attention_mask` lets through.
+
+        Raises:
+            ValueError: as `LlamaModel.forward`; or several texts and no `pad_token_id`.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            output_attentions, output_hidden_states, True, cache_position,
+        )  # fmt: skip
+        x = out.last_hidden_state
+        B, T, _ = x.shape
+        pad = self.config.pad_token_id
+        if pad is None and B > 1:
+            raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined: set config.pad_token_id")
+        last: torch.Tensor | int = -1
+        real = None
+        if input_ids is not None and pad is not None:
+            real = input_ids != pad
+        elif inputs_embeds is not None and attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -T:] != 0
+        if real is not None:
+            last = (torch.arange(T, device=x.device) * real.to(x.device)).argmax(-1)
+        logits = self.score(x[torch.arange(B, device=x.device), last])
+        out = SequenceClassifierOutputWithPast(
+            loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return out if self._wants_dict(return_dict) else out.to_tuple()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        kind = self.config.problem_type
+        if kind is None:
+            single = not labels.is_floating_point()
+            kind = "regression" if self.num_labels == 1 else f"{'single' if single else 'multi'}_label_classification"
+        if kind == "regression":
+            return F.mse_loss(logits.squeeze(), labels.to(logits.dtype).squeeze())
+        if kind == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class LlamaForTokenClassification(LlamaPreTrainedModel):
+    """`LlamaModel` with a score for every label and token."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        if dropout is None:
+            dropout = getattr(config, "hidden_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = _linear(config.hidden_size, self.num_labels, bias=True)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Score every token. Arguments as `LlamaModel.forward`; `labels` (B, T), -100 does not count."""
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        logits = self.score(self.dropout(out.last_hidden_state))
+        out = TokenClassifierOutput(
+            loss=None if labels is None else ops.cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return out if self._wants_dict(return_dict) else out.to_tuple()
+
+
+class LlamaForQuestionAnswering(LlamaPreTrainedModel):
+    """`LlamaModel` with two scores for every token: that the answer starts there, and that it ends there."""
+
+    base_model_prefix = "transformer"  # transformers' name for it in this one class, and in its files
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.transformer = LlamaModel(config)
+        self.qa_outputs = _linear(config.hidden_size, 2, bias=True)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Score the answer's borders. Arguments as `LlamaModel.forward`; `start_positions` and `end_positions` (B,),
+        of which those beyond the text do not count."""
+        out = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, None,
+            output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (_border_loss(start, start_positions) + _border_loss(end, end_positions)) / 2
+        out = QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return out if self._wants_dict(return_dict) else out.to_tuple()
+
+
+def _border_loss(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """-log p of the places (B,) under scores (B, T); a place beyond the text does not count."""
+    beyond = scores.shape[1]
+    return F.cross_entropy(scores, places.reshape(-1).to(scores.device).clamp(0, beyond), ignore_index=beyond)
+
+
+def _check_labels(labels: torch.Tensor, shape: torch.Size, name: str = "labels") -> None:
+    if labels.shape != shape:
+        raise ValueError(f"{name} must be {tuple(shape)}, as the tokens; got {tuple(labels.shape)}")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

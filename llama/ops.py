@@ -1,0 +1,129 @@
+"""What the model computes with, one function for each hot path: the one place that will choose Triton or PyTorch.
+
+Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding included, are transformers'; a query that
+may see no key gives zeros, as in the reference.
+"""
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+BACKENDS = ("auto", "torch")
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend that "auto" stands for, and a check of any other."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return "torch"
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)`, by a quicker way where there is one.
+
+    One row of float32 on a CPU, as in every step of decoding, goes through NumPy, whose BLAS reads the weights about
+    twice as fast as PyTorch's there (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one
+    with hooks) is called and nothing else.
+    """
+    one_row = x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32
+    if one_row and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(module):
+        weight, bias = module.weight, module.bias
+        quiet = not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad)
+        if quiet and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            y = torch.from_numpy(weight.detach().numpy() @ x.detach().numpy().reshape(-1))
+            return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+    return module(x)
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling `module` is F.linear of its own weight and nothing more."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in module.__dict__  # how accelerate attaches itself
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + ε) in float32, rounded to x's dtype, then times weight    (Zhang & Sennrich 2019, eq. 4)"""
+    if x.dtype == weight.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape, None, eps) * weight
+
+
+def apply_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn q (B, H, T, D) and k (B, K, T, D) by their positions' angles; cos and sin (B or 1, T, D), halves pairing."""
+    cos, sin = cos[:, None], sin[:, None]
+    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, dropout: float = 0.0
+) -> torch.Tensor:
+    """softmax(q kᵀ / √D + mask) v, each key/value head serving a group of query heads.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, K, S, D).
+        mask: (B or 1, H or 1, T, S); bool, True where a query may look, or float, which is added. None is causal, the
+            queries being the last T of S.
+    """
+    causal = mask is None and q.shape[2] > 1
+    if causal and q.shape[2] != k.shape[2]:
+        mask, causal = causal_mask(q.shape[2], k.shape[2], q.device), False
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The softmax of `attention` itself, (B, H, T, S) in q's dtype: for those who want to see it."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    scores = (q.reshape(B, K, H // K * T, D) @ k.transpose(2, 3)).view(B, H, T, S) * D**-0.5
+    if mask is None:
+        mask = causal_mask(T, S, q.device)
+    if mask.dtype != torch.bool:
+        return F.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -∞: a row of it would be NaN
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype).masked_fill(~mask, 0)
+
+
+def weigh(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Σ_s weights[t, s] v_s, (B, H, T, D): the other half of `attention`."""
+    B, H, T, S = weights.shape
+    K, D = v.shape[1], v.shape[3]
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> torch.Tensor:
+    """(1, 1, T, S) bool: the last T of S tokens see themselves and what was before them."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up                                                              (Shazeer 2020, eq. 5)"""
+    return F.silu(gate) * up
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, num_items: "int | torch.Tensor | None" = None, ignore_index: int = -100
+) -> torch.Tensor:
+    """Mean over the targets of -log p, in float32; with `num_items` their sum over that number.
+
+    Args:
+        logits: (..., V). targets: (...) ids, those equal to `ignore_index` do not count.
+    """
+    reduction = "mean" if num_items is None else "sum"
+    targets = targets.reshape(-1).to(logits.device)
+    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=ignore_index,
+                           reduction=reduction)  # fmt: skip
+    return loss if num_items is None else loss / num_items

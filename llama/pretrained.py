@@ -1,0 +1,462 @@
+"""What every model of `llama.modeling` can do: load, save, resize, tie, prune. transformers' `PreTrainedModel`."""
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops
+from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints.torch_files import save_weights
+from .config import LlamaConfig
+from .generation.config import GenerationConfig
+
+# Keywords of transformers' from_pretrained that change nothing here: files are always mapped, and never run.
+IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "local_files_only", "_fast_init"}
+
+
+class LlamaPreTrainedModel(nn.Module):
+    """The base of all models here."""
+
+    config_class = LlamaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ("LlamaDecoderLayer",)
+    _tied_weights_keys: tuple[str, ...] = ()
+    _backend = "torch"
+
+    config: LlamaConfig
+    generation_config: GenerationConfig
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        if not isinstance(config, LlamaConfig):
+            raise ValueError(f"config must be a LlamaConfig, got {type(config).__name__}")
+        config.checked()  # it may have been changed since it was made
+        pad = config.pad_token_id
+        if pad is not None and pad >= config.vocab_size:
+            raise ValueError(f"pad_token_id ({pad}) must be below vocab_size ({config.vocab_size})")
+        self.config = config
+        self.gradient_checkpointing = False
+        self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
+
+    def post_init(self) -> None:
+        """Draw the weights, tie and prune them as the configuration says. The last line of every constructor."""
+        if self.can_generate():
+            self.generation_config = GenerationConfig.from_model_config(self.config)
+        if not self.base_model_prefix:
+            for layer, heads in (getattr(self.config, "pruned_heads", None) or {}).items():
+                self._attention(int(layer)).prune_heads(set(heads))
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            # what the base model drew for itself stays
+            for name, module in self.named_children():
+                if name != self.base_model_prefix:
+                    module.apply(self._init_weights)
+        self.tie_weights()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with `initializer_range` (not truncated), biases and the padding's embedding 0, norms 1."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(0.0, self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def backend(self) -> str:
+        """What computes: "torch"."""
+        return self._backend
+
+    @property
+    def base_model(self) -> "LlamaPreTrainedModel":
+        """The model below the head."""
+        return getattr(self, self.base_model_prefix) if self.base_model_prefix else self
+
+    @property
+    def name_or_path(self) -> str:
+        return self.config.name_or_path
+
+    @property
+    def framework(self) -> str:
+        return "pt"
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[0, 1 % self.config.vocab_size]], device=self.device)}
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return hasattr(cls, "generate")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of weights, a tied one counted once."""
+        embeddings = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, and of the buffers unless told otherwise."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(t.nbytes for t in tensors)
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
+
+    # -- embeddings and heads -----------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embed_tokens  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The head that scores the vocabulary, None where there is none."""
+        return getattr(self, "lm_head", None)
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        if self.get_output_embeddings() is None:
+            raise ValueError(f"{type(self).__name__} has no output embeddings to set")
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> "LlamaPreTrainedModel":
+        return self.base_model
+
+    def set_decoder(self, decoder: "LlamaPreTrainedModel") -> None:
+        setattr(self, self.base_model_prefix, decoder)
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's weight if `config.tie_word_embeddings`; part them if it does not."""
+        head = self.get_output_embeddings()
+        if head is None:
+            return
+        embedding = self.get_input_embeddings()
+        if self.config.tie_word_embeddings:
+            head.weight = embedding.weight
+            head.out_features = embedding.num_embeddings
+        elif head.weight is embedding.weight:
+            head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Make room for `new_num_tokens` tokens, or drop the last ones; the head follows. Gives the embedding.
+
+        New rows are the mean of the old ones, so that a new token begins as an average one (Hewitt 2021); transformers
+        adds noise of a billionth of the rows' covariance. `mean_resizing=False` draws them as at the beginning.
+
+        Args:
+            pad_to_multiple_of: round the number up to a multiple of this, which suits some hardware.
+        """
+        old = self.get_input_embeddings()
+        count = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}")
+            count = -(-count // pad_to_multiple_of) * pad_to_multiple_of
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"new_num_tokens must be a positive integer, got {new_num_tokens!r}")
+        if count != old.num_embeddings:
+            old.weight = self._resized(old.weight, count, mean_resizing)
+            old.num_embeddings = count
+            if old.padding_idx is not None and old.padding_idx >= count:
+                old.padding_idx = None
+            head = self.get_output_embeddings()
+            if head is not None and not self.config.tie_word_embeddings:
+                head.weight = self._resized(head.weight, count, mean_resizing)
+                head.out_features = count
+        self.config.vocab_size = count
+        vars(self)["vocab_size"] = vars(self.base_model)["vocab_size"] = count
+        self.tie_weights()
+        return old
+
+    @torch.no_grad()
+    def _resized(self, weight: torch.Tensor, rows: int, mean: bool) -> nn.Parameter:
+        new = weight.new_empty(rows, weight.shape[1])
+        shared = min(rows, len(weight))
+        new[:shared] = weight[:shared]
+        if mean:
+            new[shared:] = weight.mean(dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
+        else:
+            new[shared:].normal_(0.0, self.config.initializer_range)
+        return nn.Parameter(new, weight.requires_grad)
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
+        """Take attention heads out: {layer: [heads]}, by their first numbers, also when pruned again.
+
+        A key/value head goes when no query head of its group is left. What was pruned is kept in `config.pruned_heads`
+        and saved with it. (Documented in transformers, where it raises or is gone.)
+        """
+        layers, legal = range(self.config.num_hidden_layers), range(self.config.num_attention_heads)
+        for layer, heads in heads_to_prune.items():
+            if layer not in layers or any(head not in legal for head in heads):
+                raise ValueError(
+                    f"heads_to_prune names layer {layer}, heads {list(heads)}; there are layers 0 to {layers[-1]} "
+                    f"of heads 0 to {legal[-1]}"
+                )
+        pruned = {int(k): set(v) for k, v in (getattr(self.config, "pruned_heads", None) or {}).items()}
+        for layer, heads in heads_to_prune.items():
+            self.base_model._attention(layer).prune_heads(set(heads))
+            pruned[layer] = pruned.get(layer, set()) | set(heads)
+        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in sorted(pruned.items())}
+
+    def _attention(self, layer: int) -> Any:
+        return self.get_submodule(f"layers.{layer}.self_attn")
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep only the layers' inputs while training and compute the rest again: memory for time. No cache then.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+        """
+        base = self.base_model
+        base.gradient_checkpointing = True
+        base.gradient_checkpointing_kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.gradient_checkpointing
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the embeddings' output though its weight is frozen, as adapters need."""
+        self._input_grads_hook = self.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: output.requires_grad_(True)
+        )
+
+    def disable_input_require_grads(self) -> None:
+        self._input_grads_hook.remove()
+
+    # -- in and out ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | os.PathLike[str] | Checkpoint",
+        *,
+        config: LlamaConfig | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model at a folder (safetensors or .bin, sharded or not), a `.gguf` file or an alias, in eval mode.
+
+        Weights are mapped, not copied, where the file holds them in the dtype that is asked for: nothing is held twice,
+        and pages come in as they are used.
+
+        Args:
+            dtype: of the weights; "auto" is the file's, and the default. `torch_dtype` is transformers 4's name.
+            device: where to; `device_map` with one device ("auto", "cpu", {"": "cuda:0"}) does as well.
+            backend: "torch" or "auto".
+            ignore_mismatched_sizes: draw a weight anew whose shape in the file is another, instead of an error.
+            output_loading_info: give (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
+            state_dict: weights that take the place of the file's.
+            kwargs: fields of the configuration that take the place of the file's.
+
+        A head that the file lacks is drawn anew, with a warning. Base and head models read each other's files.
+
+        Raises:
+            ValueError, OSError: a file, a tensor or an argument is missing, damaged or unfit; the message names it.
+        """
+        backend = ops.resolve_backend(backend)
+        for name in IDLE:
+            kwargs.pop(name, None)
+        where = pretrained_model_name_or_path
+        checkpoint = open_checkpoint(where)
+        if config is None:
+            config, unused = LlamaConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **kwargs)
+            if unused:
+                name = sorted(unused)[0]
+                near = difflib.get_close_matches(name, [*vars(config), "dtype", "device", "backend", "device_map"], n=1)
+                raise ValueError(f"from_pretrained knows no {name}" + (f"; {near[0]} must be meant" if near else ""))
+        config.name_or_path = str(checkpoint.path)
+        tensors = _Tensors(checkpoint, state_dict)
+        wanted = _wanted_dtype(torch_dtype if dtype is None else dtype, config, tensors)
+        with torch.device("meta"):
+            model = cls(config)
+        info = model._load(tensors, wanted, _one_device(device, device_map), ignore_mismatched_sizes)
+        if info["missing_keys"] and not output_loading_info:
+            _judge_missing(checkpoint.path, cls, info["missing_keys"])
+        config.dtype = wanted
+        model._backend = backend
+        if model.can_generate() and checkpoint.generation_config:
+            model.generation_config = GenerationConfig.from_dict(checkpoint.generation_config)
+        model.eval()
+        return (model, info) if output_loading_info else model
+
+    def _load(self, tensors: "_Tensors", dtype: torch.dtype, device: torch.device, ignore_mismatched: bool) -> dict:
+        """Put the tensors in the place of the meta parameters; draw those that are not there."""
+        names = tensors.names
+        if "lm_head.weight" in names and self._tied_weights_keys and self.config.tie_word_embeddings:
+            head, embedding = tensors.read(names["lm_head.weight"]), tensors.read(names["embed_tokens.weight"])
+            if head.shape != embedding.shape or not torch.equal(head, embedding):
+                warnings.warn("lm_head.weight differs from the embedding, so they are not tied", stacklevel=4)
+                self.config.tie_word_embeddings = False
+                self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
+        missing, mismatched, used = [], [], set()
+        for name, meta in list(self.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            stored = names.get(_core(name))
+            used.add(_core(name))
+            tensor = None if stored is None else tensors.read(stored)
+            if tensor is not None and tensor.shape != meta.shape:
+                if not ignore_mismatched:
+                    raise ValueError(
+                        f"size mismatch for {name}: the file holds {tuple(tensor.shape)}, the configuration asks for "
+                        f"{tuple(meta.shape)}; correct the configuration or pass ignore_mismatched_sizes=True"
+                    )
+                mismatched.append((name, tensor.shape, meta.shape))
+                tensor = None
+            elif tensor is None:
+                missing.append(name)
+            drawn = tensor is None
+            if tensor is None:
+                tensor = torch.empty(meta.shape, dtype=dtype, device=device)
+            setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=meta.requires_grad))
+            if drawn:
+                with torch.no_grad():
+                    if leaf == "bias":
+                        module.get_parameter(leaf).zero_()
+                    elif isinstance(module, nn.Linear | nn.Embedding):
+                        self._init_weights(module)
+                    else:
+                        module.get_parameter(leaf).fill_(1.0)
+        for module in self.modules():
+            if hasattr(module, "inv_freq"):
+                module.to(device)
+        self.tie_weights()
+        if self.config.tie_word_embeddings:
+            used.add("lm_head.weight")
+        unexpected = sorted(
+            stored for core, stored in names.items() if core not in used and not core.endswith("rotary_emb.inv_freq")
+        )
+        return {
+            "missing_keys": missing,
+            "unexpected_keys": unexpected,
+            "mismatched_keys": mismatched,
+            "error_msgs": [],
+        }
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json, generation_config.json and the weights into a folder, as transformers 4 and 5 read them.
+
+        Every file is written beside and renamed when whole; weights of another name are taken away at the end.
+
+        Args:
+            max_shard_size: split the weights into files of at most this size: bytes, or "200MB", "5GB".
+            safe_serialization: safetensors; False writes pytorch_model.bin.
+            state_dict: other weights under this model's names.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("push_to_hub is not there; save the folder and upload it with huggingface_hub")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; save_directory must be a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        if self.config.tie_word_embeddings:
+            for name in self._tied_weights_keys:
+                tensors.pop(name, None)
+        config = LlamaConfig.from_dict(self.config.to_dict())
+        config.architectures, config.dtype = [type(self).__name__], self.dtype
+        config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
+        save_weights(tensors, folder, max_shard_size, safe_serialization)
+
+
+class _Tensors:
+    """The tensors of a checkpoint, or of a state dict, under their names without the base model's prefix."""
+
+    def __init__(self, checkpoint: Checkpoint, state_dict: Mapping[str, torch.Tensor] | None):
+        self.checkpoint, self.state_dict = checkpoint, state_dict
+        self.names = {_core(name): name for name in (checkpoint.names if state_dict is None else state_dict)}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read_torch(name) if self.state_dict is None else self.state_dict[name]
+
+
+def _core(name: str) -> str:
+    """A parameter's name without the prefix that a head puts before its base model."""
+    return name.removeprefix("model.").removeprefix("transformer.")
+
+
+def _judge_missing(path: Path, cls: type, missing: list[str]) -> None:
+    """A new head is meant to be missing in a base model's file; anything else is a damaged model."""
+    body = [name for name in missing if not name.startswith(("lm_head.", "score.", "qa_outputs."))]
+    if body:
+        more = f" and {len(body) - 1} others" if len(body) > 1 else ""
+        raise ValueError(f"{path}: the tensor {body[0]} is missing{more}. Correct its configuration, or fetch it anew.")
+    warnings.warn(
+        f"{path} holds no {', '.join(missing)}: {cls.__name__} draws them anew, and they must be trained", stacklevel=3
+    )
+
+
+def _wanted_dtype(asked: str | torch.dtype | None, config: LlamaConfig, tensors: _Tensors) -> torch.dtype:
+    if asked not in (None, "auto"):
+        config.dtype = asked
+    if config.dtype is not None:
+        return config.dtype
+    stored = (tensors.read(name).dtype for name in tensors.names.values())
+    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+
+
+def _one_device(device: Any, device_map: Any) -> torch.device:
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise ValueError(f'device_map must name one device, {{"": device}}; got {dict(device_map)}')
+        device_map = device_map[""]
+    if device is not None and device_map is not None:
+        raise ValueError("device and device_map say the same; give one of them")
+    where = device if device_map is None else device_map
+    if where in ("auto", "balanced", "sequential"):
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+    where = "cpu" if where is None else where
+    try:
+        found = torch.device(where)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that PyTorch knows, got {where!r}: {error}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {where!r}, and PyTorch finds no GPU here; use 'cpu'")
+    return found
