@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from .session import Session
 
-BACKENDS = click.Choice(["auto", "reference", "torch"])
+BACKENDS = click.Choice(["auto", "torch", "reference"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
@@ -36,7 +36,9 @@ def model_options(command: Any) -> Any:
         click.option("--top-k", type=click.IntRange(1), help="Draw from this many likeliest tokens."),
         click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 draws."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="The longest answer."),
-        click.option("--backend", type=BACKENDS, default="auto", help="What computes; auto is reference for now."),
+        click.option(
+            "--backend", type=BACKENDS, default="auto", help="What computes; auto is torch where it is installed."
+        ),
         click.option("--model", "-m", default="smollm2", metavar="MODEL", help="The model to use."),
     ):
         command = option(command)

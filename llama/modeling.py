@@ -5,6 +5,7 @@ in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretr
 `llama.generation`.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -283,14 +284,15 @@ class LlamaModel(LlamaPreTrainedModel):
 
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] | None = [] if output_attentions else None
-        for layer in self.layers:
-            if output_hidden_states:
-                hidden_states.append(x)
-            if recompute:
-                x = checkpoint(layer, x, rotation, mask, cache, attentions, **self.gradient_checkpointing_kwargs)
-            else:
-                x = layer(x, rotation, mask, cache, attentions)
-        x = self.norm(x)
+        with nullcontext() if torch.compiler.is_compiling() else ops.rows_for_numpy(x):
+            for layer in self.layers:
+                if output_hidden_states:
+                    hidden_states.append(x)
+                if recompute:
+                    x = checkpoint(layer, x, rotation, mask, cache, attentions, **self.gradient_checkpointing_kwargs)
+                else:
+                    x = layer(x, rotation, mask, cache, attentions)
+            x = self.norm(x)
         out = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,

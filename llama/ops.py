@@ -4,6 +4,8 @@ Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding inc
 may see no key gives zeros, as in the reference.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
@@ -27,14 +29,35 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     twice as fast as PyTorch's there (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one
     with hooks) is called and nothing else.
     """
-    one_row = x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32
-    if one_row and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(module):
+    if _is_one_row(x) and not torch.compiler.is_compiling() and _is_plain(module):
         weight, bias = module.weight, module.bias
         quiet = not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad)
         if quiet and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             y = torch.from_numpy(weight.detach().numpy() @ x.detach().numpy().reshape(-1))
             return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
     return module(x)
+
+
+@contextmanager
+def rows_for_numpy(x: torch.Tensor) -> Iterator[None]:
+    """Keep PyTorch to this thread while `linear` works in NumPy.
+
+    Its workers go on spinning for milliseconds after each parallel region, on the cores that NumPy's need: two threads
+    of each on two cores decode ten times slower than one of PyTorch's beside two of NumPy's (NOTES.md).
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not _is_one_row(x):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_one_row(x: torch.Tensor) -> bool:
+    return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

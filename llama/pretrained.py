@@ -15,6 +15,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .checkpoints.torch_files import save_weights
 from .config import LlamaConfig
 from .generation.config import GenerationConfig
+from .progress import progress
 
 # Keywords of transformers' from_pretrained that change nothing here: files are always mapped, and never run.
 IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "local_files_only", "_fast_init"}
@@ -324,7 +325,7 @@ class LlamaPreTrainedModel(nn.Module):
                 self.config.tie_word_embeddings = False
                 self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
         missing, mismatched, used = [], [], set()
-        for name, meta in list(self.named_parameters()):
+        for name, meta in progress(list(self.named_parameters()), "loading", "tensors"):
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
             stored = names.get(_core(name))

@@ -1,14 +1,105 @@
 """A model, its tokenizer and what it has read: what `llama generate` and `llama chat` run on."""
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
 from . import reference
-from .checkpoints import open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
 from .tokenizer import LlamaTokenizerFast, TextStream
+
+Ends = int | list[int] | None
+BACKENDS = ("auto", "torch", "reference")
+
+
+class Engine(Protocol):
+    """A model that writes after one text, and remembers what it has read."""
+
+    config: reference.Config
+
+    @property
+    def length(self) -> int:
+        """The tokens remembered."""
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from place `length` on."""
+
+    def stream(self, ids: list[int], room: int, ends: Ends) -> Iterator[int]:
+        """Up to `room` tokens after `ids`, of which the first `length` are remembered; an end token is the last."""
+
+
+class ReferenceEngine:
+    """The NumPy reference."""
+
+    def __init__(self, checkpoint: Checkpoint, sampler: reference.Sampler):
+        self.params, self.config = reference.load(checkpoint)
+        self.sampler = sampler
+        self.cache = reference.KVCache(self.config.num_hidden_layers)
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def crop(self, length: int) -> None:
+        self.cache.crop(length)
+
+    def stream(self, ids: list[int], room: int, ends: Ends) -> Iterator[int]:
+        steps = reference.stream(
+            self.params, self.config, np.array([ids]), room, ends, sampler=self.sampler, cache=self.cache
+        )
+        return (int(token) for (token,) in steps)
+
+
+class TorchEngine:
+    """The model in PyTorch, on a GPU where there is one."""
+
+    def __init__(self, checkpoint: Checkpoint, sampler: reference.Sampler):
+        import torch
+
+        from . import DynamicCache, GenerationConfig, LlamaForCausalLM
+
+        self.model = LlamaForCausalLM.from_pretrained(checkpoint, device="auto")
+        self.config = self.model.config.checked()
+        self.model.generation_config = GenerationConfig(
+            do_sample=sampler.temperature > 0,
+            temperature=sampler.temperature or 1.0,
+            top_k=sampler.top_k or 0,
+            top_p=sampler.top_p,
+            min_p=sampler.min_p,
+            repetition_penalty=sampler.repetition_penalty,
+        )
+        self.cache, self.seed, self._torch = DynamicCache(), sampler.seed, torch
+
+    @property
+    def length(self) -> int:
+        return self.cache.get_seq_length()
+
+    def crop(self, length: int) -> None:
+        self.cache.crop(length)
+
+    def stream(self, ids: list[int], room: int, ends: Ends) -> Iterator[int]:
+        if self.seed is not None:
+            self._torch.manual_seed(self.seed)
+        steps = self.model.steps(
+            self._torch.tensor([ids]), max_new_tokens=room, eos_token_id=ends, past_key_values=self.cache
+        )
+        return (int(token) for token in steps)
+
+
+def engine(checkpoint: Checkpoint, backend: str, sampler: reference.Sampler) -> Engine:
+    """The model of a checkpoint under the backend that was chosen; "auto" is torch where it is installed."""
+    installed = importlib.util.find_spec("torch") is not None
+    if backend == "auto":
+        backend = "torch" if installed else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch" and not installed:
+        raise ValueError('the torch backend needs PyTorch: pip install "llama-triton[torch]", or --backend reference')
+    return (TorchEngine if backend == "torch" else ReferenceEngine)(checkpoint, sampler)
 
 
 class Session:
@@ -16,21 +107,19 @@ class Session:
 
     Args:
         model: a model folder, a `.gguf` file or an alias.
-        backend: "reference" or "auto", which is the same for now.
+        backend: "torch", "reference", or "auto", which is torch where it is installed.
         max_new_tokens: the longest answer.
         sampler: how its tokens are chosen.
     """
 
     def __init__(self, model: str, backend: str, max_new_tokens: int, sampler: reference.Sampler):
-        if backend == "torch":
-            raise ValueError("the torch backend is not there yet; use --backend reference")
         checkpoint = open_checkpoint(model)
-        self.params, self.config = reference.load(checkpoint)
+        self.engine = engine(checkpoint, backend, sampler)
+        self.config = self.engine.config
         self.tokenizer = LlamaTokenizerFast(*checkpoint.tokenizer())
         self.eos_token_id = checkpoint.generation_config.get("eos_token_id", self.config.eos_token_id)
-        self.max_new_tokens, self.sampler = max_new_tokens, sampler
-        self.cache = reference.KVCache(self.config.num_hidden_layers)
-        self.ids: list[int] = []  # read and written so far; the cache holds a beginning of them
+        self.max_new_tokens = max_new_tokens
+        self.ids: list[int] = []  # read and written so far; the engine remembers a beginning of them
         self.seconds_to_first = self.seconds_after = 0.0
         self.tokens_read = self.tokens_written = 0
         self.was_cut = False
@@ -61,25 +150,21 @@ class Session:
             raise ValueError(f"the text has {len(ids)} tokens, more than the {limit} this model was made for")
         shared = 0
         if self.config.angles_follow_length:
-            self.cache.crop(0)
-        while shared < min(self.cache.length, len(ids) - 1) and self.ids[shared] == ids[shared]:
+            self.engine.crop(0)
+        while shared < min(self.engine.length, len(ids) - 1) and self.ids[shared] == ids[shared]:
             shared += 1
-        self.cache.crop(shared)
+        self.engine.crop(shared)
         self.ids = list(ids)
         self.tokens_read, self.tokens_written = len(ids) - shared, 0
         room = min(self.max_new_tokens, limit - len(ids) + 1)
         text, start = TextStream(self.tokenizer), time.perf_counter()
-        stream = reference.stream(
-            self.params, self.config, np.array([ids]), room, self.eos_token_id,
-            sampler=self.sampler, cache=self.cache,
-        )  # fmt: skip
-        for (token,) in stream:
+        for token in self.engine.stream(ids, room, self.eos_token_id):
             now = time.perf_counter()
             if self.tokens_written == 0:
                 self.seconds_to_first = now - start
             self.seconds_after = now - start - self.seconds_to_first
             self.tokens_written += 1
-            self.ids.append(int(token))
+            self.ids.append(token)
             if piece := text.put(token):
                 yield piece
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

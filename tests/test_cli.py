@@ -143,11 +143,6 @@ def without_tokenizer(tmp_path):
         (["generate", "-m", "nowhere", "Hi"], 1, "llama: nowhere does not exist; give a folder"),
         (["generate", "-m", "{model}", "Hi"], 1, "tokenizer.json does not exist"),
         (["generate", "-m", "{model}/config.json", "Hi"], 1, "config.json is not a model"),
-        (
-            ["generate", "--backend", "torch", "Hi"],
-            1,
-            "llama: the torch backend is not there yet; use --backend reference",
-        ),
         (["generate", "--backend", "abacus", "Hi"], 2, "'abacus' is not one of"),
         (["generate"], 2, "Missing argument 'PROMPT'"),
         (["generate", "--raw", ""], 1, "the prompt is empty"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoint_files import random_params, write_folder
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "triton", "transformers")
@@ -52,9 +53,9 @@ def test_kernels_import_nothing_of_ours():
             assert not name.startswith("llama") or name.startswith("llama.kernels"), f"{path.name} imports {name}"
 
 
-def test_checkpoints_need_no_torch():
-    for path in {*(ROOT / "llama" / "checkpoints").glob("*.py")} - {ROOT / "llama" / "checkpoints" / "torch_files.py"}:
-        assert not {name.partition(".")[0] for name in imports_of(path, "llama.checkpoints")} & set(HEAVY)
+def test_reading_a_checkpoint_needs_no_torch(tmp_path):
+    folder = write_folder(tmp_path / "model", random_params())
+    assert not imported_modules(f"import llama; llama.reference.load({str(folder)!r})") & set(HEAVY)
 
 
 def test_the_folders_are_linked_and_kernels_is_no_package():

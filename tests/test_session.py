@@ -7,7 +7,7 @@ from checkpoint_files import FIELDS, random_params, write_chat_model, write_fold
 
 from llama.checkpoints import open_checkpoint
 from llama.reference import Sampler
-from llama.session import Session
+from llama.session import ReferenceEngine, Session, TorchEngine, engine
 
 ONE, TWO = list(range(40, 60)), [*range(40, 50), *range(90, 100)]
 
@@ -17,11 +17,13 @@ def model(tmp_path_factory):
     return write_chat_model(tmp_path_factory.mktemp("session") / "talker.gguf")
 
 
-def open_session(model, **sampling):
-    return Session(str(model), "reference", 6, Sampler(**sampling))
+@pytest.fixture(params=["reference", "torch"])
+def open_session(request):
+    """Opens a session; what is asked of one holds for every backend."""
+    return lambda model, **sampling: Session(str(model), request.param, 6, Sampler(**sampling))
 
 
-def test_what_two_texts_share_is_read_once(model):
+def test_what_two_texts_share_is_read_once(model, open_session):
     session = open_session(model)
     first = "".join(session.answer(ONE))
     assert session.tokens_read == 20
@@ -36,7 +38,7 @@ def test_what_two_texts_share_is_read_once(model):
     assert again == "".join(open_session(model).answer(longer))
 
 
-def test_an_answer_that_is_stopped_leaves_a_conversation_to_go_on_with(model):
+def test_an_answer_that_is_stopped_leaves_a_conversation_to_go_on_with(model, open_session):
     session = open_session(model)
     answer = session.answer(ONE)
     next(answer)
@@ -44,7 +46,7 @@ def test_an_answer_that_is_stopped_leaves_a_conversation_to_go_on_with(model):
     assert "".join(session.answer(TWO)) == "".join(open_session(model).answer(TWO))
 
 
-def test_the_sampler_is_used_and_reported_on(model):
+def test_the_sampler_is_used_and_reported_on(model, open_session):
     greedy, drawn = open_session(model), open_session(model, temperature=2.0, seed=1)
     assert "".join(greedy.answer(ONE)) != "".join(drawn.answer(ONE))
     assert drawn.tokens_written == 6
@@ -61,7 +63,7 @@ def folder_model(tmp_path, smollm2, generation_config=None, **fields):
     return folder
 
 
-def test_generation_config_says_where_to_end(tmp_path, smollm2):
+def test_generation_config_says_where_to_end(tmp_path, smollm2, open_session):
     folder = folder_model(tmp_path, smollm2, {"eos_token_id": [3, 4]}, eos_token_id=5)
     assert open_checkpoint(folder).generation_config == {"eos_token_id": [3, 4]}
     assert open_session(folder).eos_token_id == [3, 4]
@@ -75,7 +77,7 @@ def test_generation_config_says_where_to_end(tmp_path, smollm2):
     assert "cut" not in session.report()
 
 
-def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2):
+def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2, open_session):
     session = open_session(folder_model(tmp_path, smollm2))
     "".join(session.answer([1] * 30))
     assert session.tokens_written == 3  # the last one is not read, so it stands beyond the 32
@@ -86,23 +88,39 @@ def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2):
         next(session.answer([]))
 
 
-def test_a_tokenizer_of_another_model_is_named(tmp_path, smollm2):
+def test_a_tokenizer_of_another_model_is_named(tmp_path, smollm2, open_session):
     session = open_session(folder_model(tmp_path, smollm2, vocab_size=12))
     with pytest.raises(ValueError, match="the tokenizer gives 99, and the model knows ids below 12"):
         next(session.answer([1, 99]))
 
 
-def test_scaled_angles_reach_beyond_the_context(tmp_path, smollm2):
+def test_scaled_angles_reach_beyond_the_context(tmp_path, smollm2, open_session):
     scaling = {"type": "linear", "factor": 8.0}
     session = open_session(folder_model(tmp_path, smollm2, rope_scaling=scaling))
     "".join(session.answer([1] * 40))
     assert session.tokens_written == 6
 
 
-def test_angles_that_follow_the_length_are_made_anew_for_every_text(tmp_path, smollm2):
+def test_angles_that_follow_the_length_are_made_anew_for_every_text(tmp_path, smollm2, open_session):
     folder = folder_model(tmp_path, smollm2, rope_scaling={"type": "dynamic", "factor": 2.0})
     session = open_session(folder)
     "".join(session.answer(ONE))
     longer = ONE * 3  # past the 32 places the model was made for
     assert "".join(session.answer(longer)) == "".join(open_session(folder).answer(longer))
     assert session.tokens_read == len(longer)
+
+
+def test_auto_is_torch_where_it_is_installed(model, monkeypatch):
+    checkpoint = open_checkpoint(model)
+    assert type(engine(checkpoint, "auto", Sampler())) is TorchEngine
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert type(engine(checkpoint, "auto", Sampler())) is ReferenceEngine
+    with pytest.raises(ValueError, match=r"needs PyTorch: pip install .*, or --backend reference"):
+        engine(checkpoint, "torch", Sampler())
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, reference, got 'abacus'"):
+        engine(checkpoint, "abacus", Sampler())
+
+
+def test_backends_say_the_same(model):
+    texts = ["".join(Session(str(model), backend, 20, Sampler()).answer(ONE)) for backend in ("reference", "torch")]
+    assert texts[0] == texts[1]

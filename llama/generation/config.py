@@ -23,6 +23,7 @@ REFUSED: dict[str, tuple] = {
     "diversity_penalty": (0,),
     "constraints": (),
     "force_words_ids": (),
+    "forced_decoder_ids": (),
     "dola_layers": (),
     "watermarking_config": (),
     "token_healing": (False,),

@@ -208,6 +208,15 @@ class GenerationMixin:
         return self._result(run, run.text.clone() if run.length < run.limit else run.ids)
 
     @torch.no_grad()
+    def steps(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Iterator[torch.Tensor]:
+        """`generate`, step by step: yields the (B,) new tokens of every step as soon as they are known."""
+        options = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
+        run = self._prepare(inputs, **options, kwargs=kwargs)
+        if run.config.num_beams > 1:
+            raise ValueError("steps need num_beams=1: a beam can still lose against another")
+        yield from self._writer(run, options["assistant_model"])
+
+    @torch.no_grad()
     def stream(self, inputs: torch.Tensor | None = None, *, tokenizer: Any, skip_special_tokens: bool = True,
                **kwargs: Any) -> Iterator[str]:  # fmt: skip
         """`generate` for one prompt, as text: pieces of whole characters, each as soon as it is certain.
@@ -246,9 +255,9 @@ class GenerationMixin:
                  kwargs: dict[str, Any]) -> Run:  # fmt: skip
         """Options merged, inputs checked and repeated as often as texts are to be written, the first cache made."""
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-        unused = config.update(**kwargs)
         fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
         config.update(defaults_only=True, allow_custom_entries=True, **fallback)
+        unused = config.update(**kwargs | ({"top_k": 0} if kwargs.get("top_k", 0) is None else {}))  # None: no top-k
         given = {name: unused.pop(name, None) for name in MODEL_INPUTS}
         for name in ("cache_position", "return_dict", "logits_to_keep", "num_logits_to_keep"):
             unused.pop(name, None)  # what a prepared call may carry, and generation decides by itself
@@ -279,7 +288,10 @@ class GenerationMixin:
                 f"Input length of input_ids is {prompt}, but `max_length` is set to {config.max_length}: "
                 "there is no room for a token; set `max_new_tokens`, or `max_length` above it"
             )
-        criteria = criteria_for(config, ids.shape[1], tokenizer=given["tokenizer"], extra=stopping_criteria or ())
+        criteria = criteria_for(
+            config, ids.shape[1], tokenizer=given["tokenizer"], extra=stopping_criteria or (),
+            max_position_embeddings=positions,
+        )  # fmt: skip
         lengths = [c.max_length for c in stopping_criteria or () if type(c) is MaxLengthCriteria]
         limit = min([limit, *lengths])
         criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
@@ -305,6 +317,7 @@ class GenerationMixin:
             config, ids.shape[1], device=device, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             extra=logits_processor or (), model=self, attention_mask=mask if embeds is None else None,
             negative_prompt_ids=negative_prompt_ids, negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_position_embeddings=positions,
         )  # fmt: skip
         buffer = F.pad(ids, (0, limit - ids.shape[1]), value=pad)
         return Run(self, config, reader, buffer, ids.shape[1], processors, criteria, ends, pad, record)

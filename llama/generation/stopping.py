@@ -106,7 +106,7 @@ class StopStringCriteria(StoppingCriteria):
 
     def _ends(self, ids: list[int]) -> bool:
         unknown = [place for place, token in enumerate(ids) if not self._knows(token)]
-        ids = ids[unknown[0] + 1 :] if unknown else ids  # no string reaches across an id without a token
+        ids = ids[unknown[-1] + 1 :] if unknown else ids  # no string reaches across an id without a token
         if not ids:
             return False
         # Up to three tokens more, until no character (of at most four bytes) is cut: a tokenizer may show the bytes
