@@ -1,4 +1,4 @@
-"""The command line: `llama fetch`, `llama generate`, `llama chat`."""
+"""The command line: `llama fetch`, `llama generate`, `llama chat`, `llama verify`."""
 
 import contextlib
 import io
@@ -122,6 +122,36 @@ def chat(system: str | None, **options: Any) -> None:
         click.echo()
     if sys.stdin.isatty():
         click.echo()
+
+
+@cli.command()
+@click.argument("model", default="smollm2")
+@click.option("--backend", type=click.Choice(["auto", "torch"]), default="auto", help="What is held against it.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    help="What it computes in; auto is the file's.",
+)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A text to run; more than one may be given.")
+@click.pass_context
+def verify(context: click.Context, model: str, backend: str, dtype: str, prompts: tuple[str, ...]) -> None:
+    """Hold a backend against the NumPy reference, layer by layer, on MODEL.
+
+    Prints the largest error of each layer, and how many next tokens agree. Exits 1 where an error is beyond the budget
+    (relative to the layer's largest number: 1e-4 in float32, 3e-2 in float16, 0.25 in bfloat16), or where a next token
+    differs whose lead is more than such errors explain.
+    """
+    from .checkpoints import open_checkpoint
+
+    try:
+        from .verify import verify
+    except ImportError as error:
+        raise ValueError('verify needs PyTorch: pip install "llama-triton[torch]"') from error
+    report = verify(open_checkpoint(model), backend, dtype, prompts)
+    for line in report.lines():
+        click.echo(line)
+    context.exit(0 if report.passed else 1)
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:
