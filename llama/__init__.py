@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import kernels as kernels
     from . import reference as reference
+    from .auto import AutoConfig as AutoConfig
+    from .auto import AutoModel as AutoModel
+    from .auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from .auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from .auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .auto import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from .auto import AutoTokenizer as AutoTokenizer
     from .cache import DynamicCache as DynamicCache
     from .cache import StaticCache as StaticCache
     from .config import LlamaConfig as LlamaConfig
@@ -23,6 +30,15 @@ if TYPE_CHECKING:
 
 # module -> the names that live in it
 _NAMES = {
+    "auto": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoTokenizer",
+    ),
     "cache": ("DynamicCache", "StaticCache"),
     "config": ("LlamaConfig",),
     "generation.config": ("GenerationConfig",),
@@ -39,21 +55,7 @@ _NAMES = {
 _HOMES = {name: f"llama.{module}" for module, names in _NAMES.items() for name in names}
 _MODULES = ("kernels", "reference")
 
-__all__ = [
-    "DynamicCache",
-    "GenerationConfig",
-    "LlamaConfig",
-    "LlamaForCausalLM",
-    "LlamaForQuestionAnswering",
-    "LlamaForSequenceClassification",
-    "LlamaForTokenClassification",
-    "LlamaModel",
-    "LlamaPreTrainedModel",
-    "LlamaTokenizerFast",
-    "StaticCache",
-    "kernels",
-    "reference",
-]
+__all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -105,12 +105,64 @@ class LlamaTokenizerFast:
         except TypeError as error:  # what the library says of surrogates
             raise ValueError("the text is not valid Unicode: it holds bytes that are no UTF-8") from error
 
-    def decode(self, ids: int | np.integer | Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`. Bytes that make no character become U+FFFD."""
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        add_special_tokens: bool = True,
+        padding: bool = False,
+        return_tensors: str | None = None,
+    ) -> "BatchEncoding":
+        """One text or several as a model's inputs: `input_ids` and `attention_mask`.
+
+        Args:
+            padding: fill shorter texts up, on the left, with `pad_token`.
+            return_tensors: "pt" or "np"; None gives lists, and for one text no batch.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [self.encode(one, add_special_tokens) for one in texts]
+        masks = [[1] * len(row) for row in rows]
+        longest = max((len(row) for row in rows), default=0)
+        if padding and any(len(row) < longest for row in rows):
+            if self.pad_token_id is None:
+                raise ValueError("the tokenizer does not have a padding token; set `pad_token`, to `eos_token` say")
+            masks = [[0] * (longest - len(row)) + mask for row, mask in zip(rows, masks, strict=True)]
+            rows = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
+        values: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+        if return_tensors is None:
+            return BatchEncoding({name: v[0] if isinstance(text, str) else v for name, v in values.items()})
+        if any(len(row) < longest for row in rows):
+            raise ValueError("texts of different lengths make no tensor; pass padding=True")
+        if return_tensors == "np":
+            return BatchEncoding({name: np.array(v) for name, v in values.items()})
+        if return_tensors != "pt":
+            raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}')
+        import torch
+
+        return BatchEncoding({name: torch.tensor(v) for name, v in values.items()})
+
+    def batch_decode(self, sequences: Iterable, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
+
+    def decode(
+        self,
+        ids: int | np.integer | Iterable[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
+        """The text of `ids`. Bytes that make no character become U+FFFD.
+
+        Args:
+            clean_up_tokenization_spaces: take the space before punctuation and English contractions out.
+        """
         numbers = [int(ids)] if isinstance(ids, int | np.integer) else [int(i) for i in ids]
         if wrong := [i for i in numbers if not self.knows(i)]:
             raise ValueError(f"ids must be those of tokens, below {len(self)} as a rule; got {wrong[0]}")
-        return self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens)
+        text = self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens)
+        if clean_up_tokenization_spaces:
+            for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+                text = text.replace(spaced, spaced.strip())
+        return text
 
     def apply_chat_template(
         self,
@@ -142,6 +194,20 @@ class LlamaTokenizerFast:
         except Exception as error:  # a template is somebody else's program: it can fail in any way
             raise ValueError(f"the chat template fails on this conversation: {error}") from error
         return self.encode(text, add_special_tokens=False) if tokenize else text
+
+
+class BatchEncoding(dict):
+    """A model's inputs by name, as keys and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from error
+
+    def to(self, device: Any) -> "BatchEncoding":
+        """The same, its tensors on `device`."""
+        return BatchEncoding({name: value.to(device) for name, value in self.items()})
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

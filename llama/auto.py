@@ -1,0 +1,19 @@
+"""transformers' Auto classes, for code that names no architecture: here there is one."""
+
+from .config import LlamaConfig as AutoConfig
+from .modeling import LlamaForCausalLM as AutoModelForCausalLM
+from .modeling import LlamaForQuestionAnswering as AutoModelForQuestionAnswering
+from .modeling import LlamaForSequenceClassification as AutoModelForSequenceClassification
+from .modeling import LlamaForTokenClassification as AutoModelForTokenClassification
+from .modeling import LlamaModel as AutoModel
+from .tokenizer import LlamaTokenizerFast as AutoTokenizer
+
+__all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
+]
