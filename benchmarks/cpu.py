@@ -8,16 +8,11 @@ it swing. What counts is the ratio, since both take turns under the same weather
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +20,11 @@ import torch
 import transformers
 from threadpoolctl import threadpool_limits
 
+from benchmarks import harness
 from llama import reference
 from llama.checkpoints import fetch
 
 PROMPT, NEW = 512, 64
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
 
 def providers(folder: Path) -> dict[str, tuple[Callable[[], np.ndarray], Callable[[], float]]]:
@@ -73,31 +68,23 @@ def speed(folder: Path, threads: int, runs: int) -> list[dict]:
         ours, theirs = (prefill() for prefill, _ in rivals.values())  # warms up too
         difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
         assert difference < 1e-4, f"the providers disagree by {difference}"
-        seconds: dict[str, list[float]] = {name: [] for name in rivals}
-        rates: dict[str, list[float]] = {name: [] for name in rivals}
-        for _ in range(runs):
-            for name, (prefill, decode) in rivals.items():
-                start = time.perf_counter()
-                prefill()
-                seconds[name].append(time.perf_counter() - start)
-                rates[name].append(decode())
-    rows = []
-    for what, unit, measured, best in ((f"prefill {PROMPT}", "s", seconds, min), ("decode", "tokens/s", rates, max)):
-        bests = {name: best(values) for name, values in measured.items()}
-        medians = {name: statistics.median(values) for name, values in measured.items()}
-        rows.append(
-            {
-                "what": what,
-                "unit": unit,
-                "threads": threads,
-                "runs": runs,
-                "best": {name: round(value, 3) for name, value in bests.items()},
-                "median": {name: round(value, 3) for name, value in medians.items()},
-                "ratio_of_bests": round(bests["reference"] / bests["transformers"], 3),
-                "ratio_of_medians": round(medians["reference"] / medians["transformers"], 3),
-            }
-        )
-    return rows
+        seconds = harness.take_turns({name: timed(prefill) for name, (prefill, _) in rivals.items()}, runs)
+        rates = harness.take_turns({name: decode for name, (_, decode) in rivals.items()}, runs)
+    return [
+        harness.row(f"prefill {PROMPT}", "s", seconds, threads=threads),
+        harness.row("decode", "tokens/s", rates, max, threads=threads),
+    ]
+
+
+def timed(function: Callable[[], object]) -> Callable[[], float]:
+    """A function that gives the seconds `function` takes."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    return measure
 
 
 def start_up(runs: int) -> list[dict]:
@@ -119,47 +106,22 @@ def start_up(runs: int) -> list[dict]:
 def peak_memory(folder: Path) -> dict:
     """Peak resident memory of a whole `llama generate`, beside the bytes of the float32 weights."""
     command = [sys.executable, "-m", "llama", "generate", "--backend", "reference", "--model", str(folder), "Hello"]
-    # From a small process in between: a child counts the memory of the process it was forked from as its own.
-    measure = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], capture_output=True, check=True);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    out = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=True)
+    peak = harness.peak_memory(command)
     weights = sum(4 * int(np.prod(shape)) for _, shape in reference.parameter_shapes(reference.load(folder)[1]))
-    peak = int(out.stdout) * (1 if sys.platform == "darwin" else 1024)
     megabytes = {"peak": round(peak / 1e6), "weights": round(weights / 1e6)}
     return {"what": "peak memory of llama generate", "unit": "MB", **megabytes, "ratio": round(peak / weights, 3)}
-
-
-def device() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    avx512 = any("avx512f" in line for line in lines)
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores" + ", AVX-512" * avx512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "cpu.json")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     folder = fetch("smollm2")
     rows = [row for threads in (1, 2) for row in speed(folder, threads, options.runs)]
     rows += [*start_up(options.runs), peak_memory(folder)]
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    record = {
-        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "device": device(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("numpy", "torch", "transformers")},
-        "model": "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised), float32",
-        "rows": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    harness.write(options.out, "cpu", "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised), float32", rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding inc
 may see no key gives zeros, as in the reference.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 BACKENDS = ("auto", "torch")
+IN_CACHE = 2**15  # weights of fewer numbers stay in a core's cache, and NumPy's detour costs more than it brings
 
 
 def resolve_backend(backend: str) -> str:
@@ -29,13 +31,13 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     twice as fast as PyTorch's there (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one
     with hooks) is called and nothing else.
     """
-    if _is_one_row(x) and not torch.compiler.is_compiling() and _is_plain(module):
-        weight, bias = module.weight, module.bias
-        quiet = not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad)
-        if quiet and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            y = torch.from_numpy(weight.detach().numpy() @ x.detach().numpy().reshape(-1))
-            return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
-    return module(x)
+    if not (_is_plain(module) and _suits_numpy(x, module.weight)):
+        return module(x)
+    weight, bias = module.weight.detach(), module.bias
+    if weight.numel() < IN_CACHE:
+        return F.linear(x, weight, bias)
+    y = torch.from_numpy(weight.numpy() @ x.detach().numpy().reshape(-1))
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
 
 @contextmanager
@@ -60,6 +62,21 @@ def _is_one_row(x: torch.Tensor) -> bool:
     return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def _suits_numpy(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `x` is one row of float32 on a CPU, and nobody records what is done with it."""
+    return (
+        _is_one_row(x)
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()  # modes that count, fake or trace operations
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap and the like
+    )
+
+
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `module` is F.linear of its own weight and nothing more."""
     return (
@@ -73,6 +90,10 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + ε) in float32, rounded to x's dtype, then times weight    (Zhang & Sennrich 2019, eq. 4)"""
+    if _suits_numpy(x, weight):
+        row = x.detach().numpy().reshape(-1)
+        row = row * (1 / math.sqrt(float(row @ row) / len(row) + eps))
+        return torch.from_numpy(row).view(x.shape) * weight.detach()
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x, weight.shape, None, eps) * weight
