@@ -5,7 +5,9 @@ in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretr
 `llama.generation`.
 """
 
+import json
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class LlamaRotaryEmbedding(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config.checked()
+        self._config_as_json = json.dumps(asdict(self.config))
         frequencies, self.attention_scaling = reference.rope_frequencies(self.config)
         self.register_buffer("inv_freq", torch.tensor(frequencies, device="cpu"), persistent=False)
 
@@ -69,14 +72,29 @@ class LlamaRotaryEmbedding(nn.Module):
         """(B or 1, T) positions -> cos and sin, (B or 1, T, D) in x's dtype."""
         inv_freq = self.inv_freq
         if self.config.angles_follow_length:
-            frequencies, _ = reference.rope_frequencies(self.config, length=int(position_ids.max()) + 1)
-            inv_freq = torch.from_numpy(frequencies).to(inv_freq.device)
+            inv_freq = _frequencies_at(position_ids, self._config_as_json)
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
         if self.attention_scaling != 1:
             cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
+
+
+@torch.library.custom_op("llama_triton::rope_frequencies", mutates_args=())
+def _frequencies_at(position_ids: torch.Tensor, config: str) -> torch.Tensor:
+    """The reference's frequencies (D/2,) for a text that reaches the largest of the positions.
+
+    An operator of its own, so that torch.compile does not look into it; the configuration comes as JSON.
+    """
+    length = int(position_ids.max()) + 1
+    frequencies, _ = reference.rope_frequencies(reference.Config(**json.loads(config)), length)
+    return torch.from_numpy(frequencies).to(position_ids.device)
+
+
+@_frequencies_at.register_fake
+def _(position_ids: torch.Tensor, config: str) -> torch.Tensor:
+    return position_ids.new_empty(json.loads(config)["head_dim"] // 2, dtype=torch.float32)
 
 
 class LlamaMLP(nn.Module):

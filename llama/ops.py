@@ -122,9 +122,12 @@ def attention(
         mask: (B or 1, H or 1, T, S); bool, True where a query may look, or float, which is added. None is causal, the
             queries being the last T of S.
     """
-    causal = mask is None and q.shape[2] > 1
-    if causal and q.shape[2] != k.shape[2]:
-        mask, causal = causal_mask(q.shape[2], k.shape[2], q.device), False
+    causal = False
+    if mask is None and q.shape[2] > 1:
+        if q.shape[2] == k.shape[2]:
+            causal = True
+        else:
+            mask = causal_mask(q.shape[2], k.shape[2], q.device)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
