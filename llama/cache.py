@@ -15,12 +15,15 @@ class CacheLayer:
     """One layer's keys (after RoPE) and values: views (B, K, length, D) of buffers with room behind.
 
     Without gradients new tokens are written into the buffers, which double when full: appending costs the tokens, not
-    the past. Under autograd, whose saved tensors must not change, the past is concatenated.
+    the past. Under autograd, whose saved tensors must not change, the past is concatenated. Nor is anything written
+    over that somebody may hold: what was handed in, or was looked at before a crop, is copied first.
     """
 
     def __init__(self, max_length: int | None = None):
         self.max_length = max_length
         self.length = 0
+        self._ours = False  # whether nobody else holds the places from `length` on
+        self._lent = False  # whether somebody has looked at those before `length`
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -30,10 +33,12 @@ class CacheLayer:
 
     @property
     def keys(self) -> torch.Tensor | None:
+        self._lent = True
         return None if self._keys is None else self._keys[:, :, : self.length]
 
     @property
     def values(self) -> torch.Tensor | None:
+        self._lent = True
         return None if self._values is None else self._values[:, :, : self.length]
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> Pair:
@@ -47,13 +52,21 @@ class CacheLayer:
                 return k, v
             shape = (k.shape[0], k.shape[1], self.max_length, k.shape[3])
             self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
+        if start == 0 and k.shape[0] != self._keys.shape[0]:
+            self._keys = self._values = None
+            return self.append(k, v)
         if k.shape[0] != self._keys.shape[0]:
             raise ValueError(f"the cache holds {self._keys.shape[0]} rows and {k.shape[0]} come; reorder or reset it")
-        if torch.is_grad_enabled() and (k.requires_grad or self._keys.requires_grad):
+        frozen = (
+            not torch.compiler.is_compiling() and self._keys.is_inference() and not torch.is_inference_mode_enabled()
+        )
+        if torch.is_grad_enabled():
+            self._ours = False
             self._keys = torch.cat([self._keys[:, :, :start], k], dim=2)
             self._values = torch.cat([self._values[:, :, :start], v], dim=2)
         else:
-            if end > self._keys.shape[2]:
+            if end > self._keys.shape[2] or frozen or not (self._ours or self.max_length):
+                self._ours = True
                 room = max(end, 2 * start)
                 self._keys, self._values = (
                     torch.cat([old[:, :, :start], new, new.new_empty(*new.shape[:2], room - end, new.shape[3])], dim=2)
@@ -64,6 +77,11 @@ class CacheLayer:
                 self._values[:, :, start:end] = v
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from place `length` on."""
+        if length < self.length:
+            self.length, self._ours, self._lent = length, self._ours and not self._lent, False
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (and repeat) these rows of the batch."""
@@ -136,7 +154,7 @@ class Cache:
         length = self.get_seq_length()
         keep = max_length if max_length >= 0 else max(length + max_length, 0)
         for layer in self.layers:
-            layer.length = min(layer.length, keep)
+            layer.crop(keep)
 
     def reset(self) -> None:
         """Forget all tokens; buffers stay."""
@@ -164,7 +182,7 @@ class DynamicCache(Cache):
         config: accepted as transformers does; nothing in it is needed.
     """
 
-    def __init__(self, ddp_cache_data: Iterable[Pair] | None = None, config: "LlamaConfig | None" = None, **_: Any):
+    def __init__(self, ddp_cache_data: Iterable[Pair] | None = None, config: "LlamaConfig | None" = None):
         super().__init__()
         if hasattr(ddp_cache_data, "hidden_size"):  # 4.x took no data, 5.x's examples pass a configuration first
             ddp_cache_data = None
@@ -208,6 +226,9 @@ class StaticCache(Cache):
 
 def as_cache(past_key_values: Any) -> Any:
     """The cache in `past_key_values`: an object that is one already, of ours or of transformers', or a tuple's."""
+    layers = getattr(past_key_values, "layers", ())
+    if not isinstance(past_key_values, Cache) and any(hasattr(layer, "max_cache_len") for layer in layers):
+        raise ValueError("transformers' StaticCache hands over its empty places too; use llama.StaticCache")
     if hasattr(past_key_values, "update") and hasattr(past_key_values, "get_seq_length"):
         return past_key_values
     if isinstance(past_key_values, tuple | list):

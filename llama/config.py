@@ -50,7 +50,7 @@ class LlamaConfig:
 
     model_type = "llama"
     attribute_map: ClassVar[dict[str, str]] = {}
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # a list, for the Trainer adds to it
 
     def __init__(
         self,
@@ -108,7 +108,9 @@ class LlamaConfig:
     def checked(self) -> reference.Config:
         """This configuration as the reference's `Config`, which checks it."""
         self._check_general()
-        return reference.Config(**self._numbers(), rope_parameters=self._rope)
+        checked = reference.Config(**self._numbers(), rope_parameters=self._rope)
+        self.num_key_value_heads, self.head_dim = checked.num_key_value_heads, checked.head_dim
+        return checked
 
     def _numbers(self) -> dict[str, Any]:
         """What the reference knows too, RoPE aside."""
@@ -176,6 +178,8 @@ class LlamaConfig:
             id2label = {i: f"LABEL_{i}" for i in range(count)}
         elif num_labels is not None and num_labels != len(id2label):
             raise ValueError(f"num_labels is {num_labels} and id2label names {len(id2label)}; give one of them")
+        if not isinstance(id2label, dict) or not all(str(number).isdecimal() for number in id2label):
+            raise ValueError(f"id2label must be a dictionary from numbers to names, got {id2label!r}")
         self.id2label = {int(number): label for number, label in id2label.items()}
         self.label2id = label2id or {label: number for number, label in self.id2label.items()}
 
@@ -235,8 +239,9 @@ class LlamaConfig:
         if scaling and "factor" in scaling:
             scaling["factor"] = float(scaling["factor"])  # 4.x warns of an integer
         data |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-        if rope["rope_type"] == "longrope":  # where 4.x looks for it
-            data["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        name = "original_max_position_embeddings"
+        if name in rope and (name in data or rope["rope_type"] == "longrope"):  # where 4.x looks for it
+            data[name] = rope[name]
         return data | {"model_type": self.model_type, "torch_dtype": self._dtype, "num_labels": self.num_labels}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -275,7 +280,8 @@ class LlamaConfig:
             raise ValueError(f"config_dict must be a dictionary, got {type(config_dict).__name__}")
         config = cls(**config_dict)
         used = {name for name in kwargs if hasattr(config, name)}
-        config.update({name: kwargs[name] for name in used})
+        rope = ("rope_parameters", "rope_scaling", "rope_theta")  # last, and in this order: they depend on the rest
+        config.update({name: kwargs[name] for name in sorted(used, key=lambda name: (name in rope, name))})
         if used:
             config.checked()
         unused = {name: value for name, value in kwargs.items() if name not in used}

@@ -244,7 +244,10 @@ class LlamaModel(LlamaPreTrainedModel):
         self.vocab_size = config.vocab_size
         pad = config.pad_token_id
         self.padding_idx = None if pad is None or pad < 0 else pad  # the first LLaMA's files say -1
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, self.padding_idx,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),  # drawn by post_init
+        )  # fmt: skip
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -290,11 +293,14 @@ class LlamaModel(LlamaPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recompute and past_key_values is None:
+        recompute = recompute and past_key_values is None  # a cache would be filled twice
+        if recompute:
             use_cache = False  # what would be kept is what is meant to be forgotten
 
         x = self._embed(input_ids, inputs_embeds)
         cache = None if past_key_values is None else as_cache(past_key_values)
+        if isinstance(cache, Cache) and len(cache) not in (0, len(self.layers)):
+            raise ValueError(f"past_key_values has {len(cache)} layers, the model {len(self.layers)}")
         if cache is None and use_cache:
             cache = DynamicCache()
         position_ids, mask = self._places(x, attention_mask, position_ids, cache, cache_position, packed)
@@ -323,12 +329,12 @@ class LlamaModel(LlamaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is not None:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-                wanted = f"(batch, length, {self.config.hidden_size})"
-                raise ValueError(f"inputs_embeds must be {wanted}, got {tuple(inputs_embeds.shape)}")
+            shape = tuple(inputs_embeds.shape)
+            if len(shape) != 3 or shape[2] != self.config.hidden_size or 0 in shape:
+                raise ValueError(f"inputs_embeds must be (batch, length, {self.config.hidden_size}), got {shape}")
             return inputs_embeds
         assert input_ids is not None
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be (batch, length) of integers, got {_describe(input_ids)}")
         if torch.compiler.is_compiling():
             return self.embed_tokens(input_ids)
@@ -350,17 +356,18 @@ class LlamaModel(LlamaPreTrainedModel):
         """Where the tokens stand, (B or 1, T), and whom they see: None for all before them, or a mask of four axes."""
         B, T, _ = x.shape
         compiling = torch.compiler.is_compiling()
-        if cache_position is not None and cache is not None and not compiling:
-            start, held = int(cache_position[0]), cache.get_seq_length()
-            if len(cache_position) != T or start > held:
+        if cache_position is not None and not compiling:
+            start, held = int(cache_position[0]), 0 if cache is None else cache.get_seq_length()
+            if not 0 <= start <= held or cache_position.tolist() != list(range(start, start + T)):
                 raise ValueError(
                     f"cache_position must be {T} places from {held}, the cache's end; got {cache_position}"
                 )
-            cache.crop(start)
+            if cache is not None and start < held:
+                cache.crop(start - held)  # negative, as transformers' own now want it
         past = 0 if cache is None else cache.get_seq_length()
         total = past + T
         if attention_mask is not None:
-            room = None if cache is None else cache.max_cache_len
+            room = None if cache is None else getattr(cache, "max_cache_len", None)
             if attention_mask.dim() in (2, 4) and attention_mask.shape[-1] == room:
                 attention_mask = attention_mask[..., :total]  # as wide as a static cache, as transformers wants it
             shape = tuple(attention_mask.shape)
@@ -371,6 +378,8 @@ class LlamaModel(LlamaPreTrainedModel):
                     f"attention_mask must be {(B, total)} or (batch, heads, {T}, {total}), for {past} tokens in the "
                     f"cache and {T} new ones; got {shape}"
                 )
+            if not attention_mask.is_floating_point():
+                attention_mask = attention_mask != 0
         padding = None
         if attention_mask is not None and attention_mask.dim() == 2:
             padding, attention_mask = attention_mask != 0, None
@@ -411,6 +420,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     """The language model: `LlamaModel` with a score for every token of the vocabulary."""
 
     _tied_weights_keys = ("lm_head.weight",)
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"  # transformers' Trainer asks it whether labels are shifted
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -435,9 +446,9 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         num_logits_to_keep: int | torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         ignore_index: int = -100,
         packed: bool = False,
+        **more: Any,
     ) -> Any:
         """Score the next token of every token. Arguments as `LlamaModel.forward`, and:
 
@@ -452,9 +463,15 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         Returns:
             `CausalLMOutputWithPast`, or with `return_dict=False` the tuple of what is not None.
         """
+        shift_labels = more.pop("shift_labels", None)  # not in the signature: Trainer wants all labels that it names
+        if more:
+            raise TypeError(f"LlamaForCausalLM.forward() got an unexpected keyword argument {sorted(more)[0]!r}")
         if num_logits_to_keep is not None:
             logits_to_keep = num_logits_to_keep
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        if isinstance(logits_to_keep, torch.Tensor):
+            if logits_to_keep.dim() != 1:
+                raise ValueError(f"logits_to_keep must be a number or indices (n,), got {_describe(logits_to_keep)}")
+        elif (logits_to_keep := int(logits_to_keep)) < 0:  # NumPy's numbers are integers too
             raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
@@ -645,7 +662,8 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
 def _border_loss(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """-log p of the places (B,) under scores (B, T); a place beyond the text does not count."""
     beyond = scores.shape[1]
-    return F.cross_entropy(scores, places.reshape(-1).to(scores.device).clamp(0, beyond), ignore_index=beyond)
+    places = places.reshape(-1).to(scores.device, torch.long).clamp(0, beyond)
+    return F.cross_entropy(scores, places, ignore_index=beyond)
 
 
 def _check_labels(labels: torch.Tensor, shape: torch.Size, name: str = "labels") -> None:

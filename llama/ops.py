@@ -4,13 +4,14 @@ Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding inc
 may see no key gives zeros, as in the reference.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 BACKENDS = ("auto", "torch")
@@ -73,7 +74,9 @@ def _suits_numpy(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()  # modes that count, fake or trace operations
+        and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap and the like
+        and forward_ad._current_level < 0
     )
 
 
@@ -81,6 +84,7 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `module` is F.linear of its own weight and nothing more."""
     return (
         type(module) is nn.Linear
+        and not nn.modules.module._has_any_global_hook()
         and type(module.weight) is nn.Parameter
         and "forward" not in module.__dict__  # how accelerate attaches itself
         and not module._forward_hooks
@@ -92,7 +96,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + ε) in float32, rounded to x's dtype, then times weight    (Zhang & Sennrich 2019, eq. 4)"""
     if _suits_numpy(x, weight):
         row = x.detach().numpy().reshape(-1)
-        row = row * (1 / math.sqrt(float(row @ row) / len(row) + eps))
+        with np.errstate(all="ignore"):
+            row = row * (1 / np.sqrt(np.float32(float(row @ row) / len(row) + eps)))
         return torch.from_numpy(row).view(x.shape) * weight.detach()
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -139,7 +144,8 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | Non
     if mask is None:
         mask = causal_mask(T, S, q.device)
     if mask.dtype != torch.bool:
-        return F.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+        scores = scores + mask
+        mask = ~torch.isneginf(scores)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -∞: a row of it would be NaN
     return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype).masked_fill(~mask, 0)
 
@@ -170,7 +176,7 @@ def cross_entropy(
         logits: (..., V). targets: (...) ids, those equal to `ignore_index` do not count.
     """
     reduction = "mean" if num_items is None else "sum"
-    targets = targets.reshape(-1).to(logits.device)
+    targets = targets.reshape(-1).to(logits.device, torch.long)
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=ignore_index,
                            reduction=reduction)  # fmt: skip
     return loss if num_items is None else loss / num_items

@@ -12,13 +12,15 @@ from torch import nn
 
 from . import ops
 from .checkpoints import Checkpoint, open_checkpoint
-from .checkpoints.torch_files import save_weights
+from .checkpoints.torch_files import replaced, save_weights
 from .config import LlamaConfig
 from .generation.config import GenerationConfig
 from .progress import progress
 
 # Keywords of transformers' from_pretrained that change nothing here: files are always mapped, and never run.
 IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "local_files_only", "_fast_init"}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
 class LlamaPreTrainedModel(nn.Module):
@@ -28,7 +30,7 @@ class LlamaPreTrainedModel(nn.Module):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
+    accepts_loss_kwargs = False
     _no_split_modules = ("LlamaDecoderLayer",)
     _tied_weights_keys: tuple[str, ...] = ()
     _backend = "torch"
@@ -181,7 +183,8 @@ class LlamaPreTrainedModel(nn.Module):
             old.weight = self._resized(old.weight, count, mean_resizing)
             old.num_embeddings = count
             if old.padding_idx is not None and old.padding_idx >= count:
-                old.padding_idx = None
+                old.padding_idx = self.config.pad_token_id = None
+                vars(self.base_model)["padding_idx"] = None
             head = self.get_output_embeddings()
             if head is not None and not self.config.tie_word_embeddings:
                 head.weight = self._resized(head.weight, count, mean_resizing)
@@ -208,17 +211,21 @@ class LlamaPreTrainedModel(nn.Module):
         A key/value head goes when no query head of its group is left. What was pruned is kept in `config.pruned_heads`
         and saved with it. (Documented in transformers, where it raises or is gone.)
         """
+        asked = {layer: set(heads) for layer, heads in heads_to_prune.items()}
         layers, legal = range(self.config.num_hidden_layers), range(self.config.num_attention_heads)
-        for layer, heads in heads_to_prune.items():
+        for layer, heads in asked.items():
             if layer not in layers or any(head not in legal for head in heads):
                 raise ValueError(
                     f"heads_to_prune names layer {layer}, heads {list(heads)}; there are layers 0 to {layers[-1]} "
                     f"of heads 0 to {legal[-1]}"
                 )
+        for layer, heads in asked.items():
+            if set(self.base_model._attention(layer).heads) <= heads:
+                raise ValueError(f"layer {layer} would be left without any attention head; keep at least one")
         pruned = {int(k): set(v) for k, v in (getattr(self.config, "pruned_heads", None) or {}).items()}
-        for layer, heads in heads_to_prune.items():
-            self.base_model._attention(layer).prune_heads(set(heads))
-            pruned[layer] = pruned.get(layer, set()) | set(heads)
+        for layer, heads in asked.items():
+            self.base_model._attention(layer).prune_heads(heads)
+            pruned[layer] = pruned.get(layer, set()) | heads
         self.config.pruned_heads = {layer: sorted(heads) for layer, heads in sorted(pruned.items())}
 
     def _attention(self, layer: int) -> Any:
@@ -294,12 +301,14 @@ class LlamaPreTrainedModel(nn.Module):
             kwargs.pop(name, None)
         where = pretrained_model_name_or_path
         checkpoint = open_checkpoint(where)
-        if config is None:
-            config, unused = LlamaConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **kwargs)
-            if unused:
-                name = sorted(unused)[0]
-                near = difflib.get_close_matches(name, [*vars(config), "dtype", "device", "backend", "device_map"], n=1)
-                raise ValueError(f"from_pretrained knows no {name}" + (f"; {near[0]} must be meant" if near else ""))
+        if config is not None and not isinstance(config, LlamaConfig):
+            raise ValueError(f"config must be a LlamaConfig, got {type(config).__name__}")
+        said = checkpoint.config if config is None else config.to_dict()
+        config, unused = LlamaConfig.from_dict(said, return_unused_kwargs=True, **kwargs)
+        if unused:
+            name = sorted(unused)[0]
+            near = difflib.get_close_matches(name, [*vars(config), "dtype", "device", "backend", "device_map"], n=1)
+            raise ValueError(f"from_pretrained knows no {name}" + (f"; {near[0]} must be meant" if near else ""))
         config.name_or_path = str(checkpoint.path)
         tensors = _Tensors(checkpoint, state_dict)
         wanted = _wanted_dtype(torch_dtype if dtype is None else dtype, config, tensors)
@@ -308,6 +317,9 @@ class LlamaPreTrainedModel(nn.Module):
         info = model._load(tensors, wanted, _one_device(device, device_map), ignore_mismatched_sizes)
         if info["missing_keys"] and not output_loading_info:
             _judge_missing(checkpoint.path, cls, info["missing_keys"])
+        extra = [name for name in info["unexpected_keys"] if not name.startswith(HEADS)]
+        if extra and not output_loading_info:
+            warnings.warn(f"{checkpoint.path}: {len(extra)} tensors are not used, among them {extra[0]}", stacklevel=2)
         config.dtype = wanted
         model._backend = backend
         if model.can_generate() and checkpoint.generation_config:
@@ -318,9 +330,10 @@ class LlamaPreTrainedModel(nn.Module):
     def _load(self, tensors: "_Tensors", dtype: torch.dtype, device: torch.device, ignore_mismatched: bool) -> dict:
         """Put the tensors in the place of the meta parameters; draw those that are not there."""
         names = tensors.names
-        if "lm_head.weight" in names and self._tied_weights_keys and self.config.tie_word_embeddings:
+        tied = {"lm_head.weight", "embed_tokens.weight"} if self._tied_weights_keys else set()
+        if tied and tied <= names.keys() and self.config.tie_word_embeddings:
             head, embedding = tensors.read(names["lm_head.weight"]), tensors.read(names["embed_tokens.weight"])
-            if head.shape != embedding.shape or not torch.equal(head, embedding):
+            if not _equal(head, embedding):
                 warnings.warn("lm_head.weight differs from the embedding, so they are not tied", stacklevel=4)
                 self.config.tie_word_embeddings = False
                 self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
@@ -331,6 +344,11 @@ class LlamaPreTrainedModel(nn.Module):
             stored = names.get(_core(name))
             used.add(_core(name))
             tensor = None if stored is None else tensors.read(stored)
+            if tensor is not None and tensor.dtype not in FLOATS:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{tensors.checkpoint.path}: {stored} is stored as {kind}; quantised models cannot be read"
+                )
             if tensor is not None and tensor.shape != meta.shape:
                 if not ignore_mismatched:
                     raise ValueError(
@@ -380,7 +398,7 @@ class LlamaPreTrainedModel(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and the weights into a folder, as transformers 4 and 5 read them.
 
-        Every file is written beside and renamed when whole; weights of another name are taken away at the end.
+        All are written beside and take their places when they are whole; weights under other names go then.
 
         Args:
             max_shard_size: split the weights into files of at most this size: bytes, or "200MB", "5GB".
@@ -394,17 +412,20 @@ class LlamaPreTrainedModel(nn.Module):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_directory must be a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if self.config.tie_word_embeddings:
+            embedding = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)
             for name in self._tied_weights_keys:
-                tensors.pop(name, None)
+                head = tensors.get(name)
+                if head is not None and embedding is not None and _equal(head, embedding):
+                    del tensors[name]
         config = LlamaConfig.from_dict(self.config.to_dict())
         config.architectures, config.dtype = [type(self).__name__], self.dtype
-        config.save_pretrained(folder)
-        if self.can_generate():
-            self.generation_config.save_pretrained(folder)
-        save_weights(tensors, folder, max_shard_size, safe_serialization)
+        with replaced(folder) as partial:
+            config.save_pretrained(partial)
+            if self.can_generate():
+                self.generation_config.save_pretrained(partial)
+            save_weights(tensors, partial, max_shard_size, safe_serialization)
 
 
 class _Tensors:
@@ -418,6 +439,10 @@ class _Tensors:
         return self.checkpoint.read_torch(name) if self.state_dict is None else self.state_dict[name]
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
 def _core(name: str) -> str:
     """A parameter's name without the prefix that a head puts before its base model."""
     return name.removeprefix("model.").removeprefix("transformer.")
@@ -425,7 +450,7 @@ def _core(name: str) -> str:
 
 def _judge_missing(path: Path, cls: type, missing: list[str]) -> None:
     """A new head is meant to be missing in a base model's file; anything else is a damaged model."""
-    body = [name for name in missing if not name.startswith(("lm_head.", "score.", "qa_outputs."))]
+    body = [name for name in missing if not name.startswith(HEADS)]
     if body:
         more = f" and {len(body) - 1} others" if len(body) > 1 else ""
         raise ValueError(f"{path}: the tensor {body[0]} is missing{more}. Correct its configuration, or fetch it anew.")
@@ -456,7 +481,7 @@ def _one_device(device: Any, device_map: Any) -> torch.device:
     where = "cpu" if where is None else where
     try:
         found = torch.device(where)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be one that PyTorch knows, got {where!r}: {error}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {where!r}, and PyTorch finds no GPU here; use 'cpu'")

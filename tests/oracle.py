@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 
@@ -39,3 +40,19 @@ def miss(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)) if ours.size else 0.0
+
+
+def both_models(fields: dict, seed: int, kind: str = "LlamaForCausalLM", attn_implementation=None, **more):
+    """(ours, transformers') of one class, with the same weights; `more` are further fields of the configuration."""
+    import llama
+
+    theirs, _ = transformers_model(fields, seed, getattr(transformers, kind), **more)
+    config = llama.LlamaConfig(**copy.deepcopy(fields), **more, attn_implementation=attn_implementation)
+    ours = getattr(llama, kind)(config).eval()
+    ours.load_state_dict(theirs.state_dict())  # strict: names and shapes are the same
+    return ours, theirs
+
+
+def counted_positions(ids, mask) -> torch.Tensor:
+    """Where the tokens stand if padding does not count: what generate makes of a mask, and our forward."""
+    return torch.tensor(np.maximum(np.cumsum(np.ones_like(ids) if mask is None else mask, axis=1) - 1, 0))

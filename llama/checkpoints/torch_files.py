@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ class TorchFile:
         except Exception as error:  # pickle and zip readers raise of all kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} is damaged or holds more than tensors ({reason}); fetch it anew") from error
-        if not isinstance(data, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in data.values()):
+        if not isinstance(data, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in data.items()
+        ):
             raise ValueError(f"{path} should hold tensors by name, as a state dict does")
         self.header: dict[str, torch.Tensor] = data
 
@@ -49,10 +52,7 @@ class TorchFile:
 def save_weights(
     tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_size: int | str = "5GB", safe: bool = True
 ) -> None:
-    """Write `tensors` into `folder`: one file, or shards of at most `max_shard_size` bytes with an index.
-
-    Files are written beside and renamed when all are whole; weights that were there under other names go last.
-    """
+    """Write `tensors` into `folder`: one file, or shards of at most `max_shard_size` bytes with an index."""
     name = SAFETENSORS if safe else BIN
     shards = _shards(tensors, _bytes(max_shard_size))
     stem, suffix = name.rsplit(".", 1)
@@ -60,34 +60,71 @@ def save_weights(
         f"{stem}-{number:05}-of-{len(shards):05}.{suffix}" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
     weight_map = {tensor: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    own = _storages(tensors)
+    for file, shard in zip(files, shards, strict=True):
+        contents = {name: own[name].detach().contiguous() for name in shard}
+        try:
+            if safe:
+                save_file(contents, folder / file, metadata={"format": "pt"})
+            else:
+                torch.save({key: tensor.clone() for key, tensor in contents.items()}, folder / file)  # alone, no views
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{folder.parent} could not be written: {error}") from error
+        os.chmod(folder / file, 0o666 & ~_umask())  # the library lets only the owner read
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
+        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _storages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those that share their memory with one before copied: safetensors refuses them."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return own
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write into, whose files at the end take the place of `folder`'s: all of them, or none.
+
+    Weights that stand there under other names go too. Should anything fail, what was there before stands again.
+    """
+    made = not folder.exists()
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
-        for file, shard in zip(files, shards, strict=True):
-            contents = {tensor: tensors[tensor].detach().contiguous() for tensor in shard}
-            if safe:
-                save_file(contents, partial / file, metadata={"format": "pt"})
-            else:
-                torch.save({key: tensor.clone() for key, tensor in contents.items()}, partial / file)  # alone, no views
-        if len(shards) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            parameters = sum(tensor.numel() for tensor in tensors.values())
-            index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
-            files.append(f"{name}.index.json")
-            (partial / files[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for file in files:
-            os.chmod(partial / file, 0o666 & ~_umask())  # the library lets only the owner read
-            os.replace(partial / file, folder / file)
-        for path in folder.iterdir():
-            if WEIGHT_FILES.fullmatch(path.name) and path.name not in files:
-                path.unlink()
-    except Exception as error:
-        if isinstance(error, OSError):
+        yield partial
+        new = sorted(path.name for path in partial.iterdir())
+        stale = [p.name for p in folder.iterdir() if WEIGHT_FILES.fullmatch(p.name) and p.name not in new]
+        before = partial / "before"
+        before.mkdir()
+        for name in [*new, *stale]:
+            if (folder / name).exists():
+                os.link(folder / name, before / name)
+        try:
+            for name in new:
+                os.replace(partial / name, folder / name)
+            for name in stale:
+                (folder / name).unlink()
+        except BaseException:
+            for name in new:
+                (folder / name).unlink(missing_ok=True)
+            for path in before.iterdir():
+                os.replace(path, folder / path.name)
             raise
-        raise OSError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
@@ -107,7 +144,7 @@ def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"(\d+)\s*([A-Za-z]+)", size.strip()) if isinstance(size, str) else None
     if match and match[2].upper() in UNITS:
         size = int(match[1]) * UNITS[match[2].upper()]
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f'max_shard_size must be bytes or like "200MB" or "5GB", got {size!r}')
     return size
 

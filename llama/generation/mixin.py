@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ class Reader:
 
     def __init__(self, model: nn.Module, cache: Cache | None, mask: torch.Tensor | None = None,
                  position_ids: torch.Tensor | None = None, limit: int = 0, inputs_embeds: torch.Tensor | None = None,
-                 ids_length: int = 0, **outputs: bool):  # fmt: skip
+                 ids_length: int = 0, learnt: int = 0, **outputs: bool):  # fmt: skip
         self.model, self.cache, self.outputs = model, cache, outputs
         self.embeds = inputs_embeds
-        self.ahead = 0 if inputs_embeds is None else inputs_embeds.shape[1] - ids_length
+        self.ahead = learnt if inputs_embeds is None else inputs_embeds.shape[1] - ids_length
         if mask is not None:
             if position_ids is None:
                 position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -230,12 +231,12 @@ class GenerationMixin:
         stops = next((c.stop_strings for c in run.criteria if isinstance(c, StopStringCriteria)), ())
         text, pending = TextStream(tokenizer, skip_special_tokens), ""
         pieces = (text.put(int(token)) for token in self._writer(run, options["assistant_model"]))
-        for piece in (piece for source in (pieces, iter(text.end, None)) for piece in source):
+        for piece in chain(pieces, (text.end() for _ in range(1))):
             pending += piece
             first = min((place for stop in stops if (place := pending.find(stop)) >= 0), default=None)
             if first is not None:
-                yield pending[:first]
-                return
+                pending = pending[:first]
+                break
             held = max((n for stop in stops for n in range(len(stop)) if pending.endswith(stop[:n])), default=0)
             if len(pending) > held:
                 yield pending[: len(pending) - held]
@@ -254,25 +255,21 @@ class GenerationMixin:
                  negative_prompt_ids, negative_prompt_attention_mask, assistant_model,
                  kwargs: dict[str, Any]) -> Run:  # fmt: skip
         """Options merged, inputs checked and repeated as often as texts are to be written, the first cache made."""
-        config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-        fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
-        config.update(defaults_only=True, allow_custom_entries=True, **fallback)
-        unused = config.update(**kwargs | ({"top_k": 0} if kwargs.get("top_k", 0) is None else {}))  # None: no top-k
-        given = {name: unused.pop(name, None) for name in MODEL_INPUTS}
-        for name in ("cache_position", "return_dict", "logits_to_keep", "num_logits_to_keep"):
-            unused.pop(name, None)  # what a prepared call may carry, and generation decides by itself
-        if unused:
-            raise ValueError(
-                f"The following `model_kwargs` are not used by the model: {sorted(unused)} (a misspelt option of "
-                "generate shows up here too)"
-            )
+        config, given = self._options(generation_config, kwargs)
         embeds, device = given["inputs_embeds"], self.device  # type: ignore[attr-defined]
+        if device.type == "meta":  # accelerate brings the weights for each call
+            told = next((t for t in (inputs, given["input_ids"], embeds) if t is not None), None)
+            device = torch.device("cpu") if told is None else told.device
         ids = self._ids(inputs, given["input_ids"], embeds, config, device)
         prompt = ids.shape[1] if embeds is None else embeds.shape[1]
         ends, pad = _special_tokens(config, self.config.vocab_size, device)
 
         mask = self._mask(given["attention_mask"], ids, embeds, config, pad, prompt)
         cache, static = given["past_key_values"], config.cache_implementation == "static"
+        learnt = 0
+        if cache is None and "prepare_inputs_for_generation" in vars(self):
+            embeds, cache, mask, learnt = self._learnt(ids, embeds, mask, prompt)
+            prompt += learnt
         cache = None if cache is None else as_cache(cache)
         if cache is not None and cache.get_seq_length() >= prompt:
             raise ValueError(
@@ -312,7 +309,7 @@ class GenerationMixin:
             kept = ("scores", "logits", "attentions", "hidden_states")
             record = {name: [] for name in kept if getattr(config, f"output_{name}")}
         outputs = {f"output_{name}": name in record for name in ("attentions", "hidden_states")}
-        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], **outputs)  # type: ignore[arg-type]
+        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], learnt, **outputs)  # type: ignore[arg-type]
         processors = processors_for(
             config, ids.shape[1], device=device, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             extra=logits_processor or (), model=self, attention_mask=mask if embeds is None else None,
@@ -321,6 +318,37 @@ class GenerationMixin:
         )  # fmt: skip
         buffer = F.pad(ids, (0, limit - ids.shape[1]), value=pad)
         return Run(self, config, reader, buffer, ids.shape[1], processors, criteria, ends, pad, record)
+
+    def _options(self, generation_config, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The options, the call's before the caller's config before the model's own; and the call's other inputs."""
+        config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+        fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
+        config.update(defaults_only=True, allow_custom_entries=True, **fallback)
+        unused = config.update(**kwargs | ({"top_k": 0} if kwargs.get("top_k", 0) is None else {}))  # None: no top-k
+        given = {name: unused.pop(name, None) for name in MODEL_INPUTS}
+        for name in ("cache_position", "return_dict", "logits_to_keep", "num_logits_to_keep"):
+            unused.pop(name, None)  # what a prepared call may carry, and generation decides by itself
+        if unused:
+            raise ValueError(
+                f"The following `model_kwargs` are not used by the model: {sorted(unused)} (a misspelt option of "
+                "generate shows up here too)"
+            )
+        return config, given
+
+    def _learnt(self, ids: torch.Tensor, embeds: torch.Tensor | None, mask: torch.Tensor | None, prompt: int):
+        """The embeddings, cache and mask with what peft has learnt to put before a prompt, and how many tokens it is.
+
+        peft replaces `prepare_inputs_for_generation` on the model for that.
+        """
+        ones = torch.ones(len(ids), prompt, dtype=torch.long, device=ids.device)
+        prepared = self.prepare_inputs_for_generation(
+            ids, past_key_values=None, attention_mask=ones if mask is None else mask, inputs_embeds=embeds
+        )
+        given_mask = prepared["attention_mask"]
+        learnt = 0 if given_mask is None else given_mask.shape[1] - prompt
+        if learnt and mask is not None:
+            mask = F.pad(mask, (learnt, 0), value=1)
+        return prepared.get("inputs_embeds", embeds), prepared["past_key_values"], mask, learnt
 
     def _ids(self, inputs, input_ids, embeds, config: GenerationConfig, device) -> torch.Tensor:
         """The prompts' ids (B, T); (B, 0) where embeddings come alone."""
