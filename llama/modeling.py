@@ -6,7 +6,7 @@ in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretr
 """
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -308,7 +308,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] | None = [] if output_attentions else None
-        with nullcontext() if torch.compiler.is_compiling() else ops.rows_for_numpy(x):
+        with _threads(x, config.hidden_size * config.intermediate_size):
             for layer in self.layers:
                 if output_hidden_states:
                     hidden_states.append(x)
@@ -479,7 +479,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
-        logits = ops.linear(self.lm_head, x[:, kept])
+        with _threads(kept_x := x[:, kept], self.config.vocab_size * self.config.hidden_size):
+            logits = ops.linear(self.lm_head, kept_x)
         if labels is not None and shift_labels is None:
             _check_labels(labels, x.shape[:2])
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
@@ -657,6 +658,10 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
             attentions=out.attentions,
         )
         return out if self._wants_dict(return_dict) else out.to_tuple()
+
+
+def _threads(x: torch.Tensor, size: int) -> AbstractContextManager:
+    return nullcontext() if torch.compiler.is_compiling() else ops.rows_for_numpy(x, size)
 
 
 def _border_loss(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,18 @@ may see no key gives zeros, as in the reference.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeGuard
+from functools import cache
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 BACKENDS = ("auto", "torch")
+LARGE = 2**25  # a matrix of as many numbers takes one core some five milliseconds to read
 IN_CACHE = 2**15  # weights of fewer numbers stay in a core's cache, and NumPy's detour costs more than it brings
 
 
@@ -42,21 +45,36 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def rows_for_numpy(x: torch.Tensor) -> Iterator[None]:
-    """Keep PyTorch to this thread while `linear` works in NumPy.
+def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
+    """Set the threads for what follows, where `linear` works in NumPy: matrices of up to `size` numbers on one row.
 
-    Its workers go on spinning for milliseconds after each parallel region, on the cores that NumPy's need: two threads
-    of each on two cores decode ten times slower than one of PyTorch's beside two of NumPy's (NOTES.md).
+    PyTorch keeps to this thread: its workers go on spinning for milliseconds after each parallel region, on the cores
+    that BLAS's need. BLAS takes as many as PyTorch had for large matrices, and one for those that are read in less time
+    than a scheduler's slice: it would wait that long, a few hundred times a token, for a core that somebody else uses.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or not _is_one_row(x):
+    if not _is_one_row(x):
+        yield
+        return
+    threads, libraries = torch.get_num_threads(), _blas_libraries()
+    before = [library.num_threads for library in libraries]
+    if threads == 1 and all(number == 1 for number in before):
         yield
         return
     torch.set_num_threads(1)
+    for library in libraries:
+        library.set_num_threads(threads if size >= LARGE else 1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        for library, number in zip(libraries, before, strict=True):
+            library.set_num_threads(number)
+
+
+@cache
+def _blas_libraries() -> list[Any]:
+    """NumPy's, and any other that is loaded, as threadpoolctl knows them."""
+    return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
 def _is_one_row(x: torch.Tensor) -> bool:

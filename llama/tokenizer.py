@@ -237,7 +237,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: LlamaTokenizerFast, skip_special_tokens: bool = True):
-        self._knows = tokenizer.knows
+        self._knows = getattr(tokenizer, "knows", lambda token: True)  # transformers' decode takes any id
         self._silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []  # those since the last safe place; the first `_told` of them have been given

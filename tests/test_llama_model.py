@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import as_float64, both_models, counted_positions, miss, transformers_model
 from strategies import SEEDS, batches, configs
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 import llama
@@ -1228,3 +1229,28 @@ def test_angles_are_transformers_whatever_came_before(fields, length):
         theirs, _ = transformers_model(fields, 0, transformers.LlamaModel)
         for mine, their in zip(ours.rotary_emb(x, places), theirs.rotary_emb(x, places), strict=True):
             np.testing.assert_allclose(mine, their, atol=5e-5)  # two float32 angles of up to 100 radians
+
+
+def test_threads_are_as_they_were_after_a_step_of_decoding(monkeypatch):
+    """A row goes through NumPy's BLAS, with PyTorch and it on one thread each meanwhile; that must not outlast it."""
+    model = LlamaForCausalLM(LlamaConfig(50, 192, 200, num_hidden_layers=1, num_attention_heads=4)).eval()
+    during = []
+    model.model.norm.register_forward_pre_hook(lambda *_: during.append(counts()))
+
+    def counts():
+        return torch.get_num_threads(), [library.num_threads for library in ops._blas_libraries()]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threadpool_limits(2, user_api="blas"), torch.no_grad():
+            before = counts()
+            model(torch.tensor([[1]]))
+            assert counts() == before
+            monkeypatch.setattr(ops, "swiglu", None)
+            with pytest.raises(TypeError):
+                model(torch.tensor([[1]]))
+            assert counts() == before
+    finally:
+        torch.set_num_threads(threads)
+    assert during == [(1, [1] * len(before[1]))]

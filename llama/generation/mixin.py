@@ -195,6 +195,10 @@ class GenerationMixin:
         if config.num_beams > 1:
             if streamer is not None:
                 raise ValueError("a streamer needs num_beams=1: a beam can still lose against another")
+            if config.guidance_scale not in (None, 1):
+                raise ValueError("guidance_scale needs num_beams=1: its second text would have to follow the beams")
+            if assistant_model is not None or config.prompt_lookup_num_tokens is not None:
+                raise ValueError("drafting (assistant_model, prompt_lookup_num_tokens) needs num_beams=1")
             from .beams import beam_search
 
             sequences, beams = beam_search(run)
@@ -277,12 +281,15 @@ class GenerationMixin:
                 f"got {prompt}"
             )
         positions = self.config.max_position_embeddings
+        asked = config.max_length
+        if not ids.shape[1]:  # embeddings alone: the lengths count them, the ids do not hold them
+            if config.max_new_tokens is None and config.given("max_length"):
+                config.max_length -= prompt
+            config.min_length = max(config.min_length - prompt, 0)
         limit = config.total_length(ids.shape[1], positions)
-        if config.max_new_tokens is None and config.given("max_length") and not ids.shape[1]:
-            limit -= prompt
         if limit <= ids.shape[1]:
             raise ValueError(
-                f"Input length of input_ids is {prompt}, but `max_length` is set to {config.max_length}: "
+                f"Input length of input_ids is {prompt}, but `max_length` is set to {asked}: "
                 "there is no room for a token; set `max_new_tokens`, or `max_length` above it"
             )
         criteria = criteria_for(
@@ -290,17 +297,19 @@ class GenerationMixin:
             max_position_embeddings=positions,
         )  # fmt: skip
         lengths = [c.max_length for c in stopping_criteria or () if type(c) is MaxLengthCriteria]
-        limit = min([limit, *lengths])
+        limit = max(min(lengths), ids.shape[1] + 1) if lengths else limit
         criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
 
         times = max(config.num_beams, config.num_return_sequences)
         position_ids = given["position_ids"]
+        if position_ids is not None:
+            position_ids = position_ids.expand(len(ids), -1)
         if times > 1:
             ids = ids.repeat_interleave(times, dim=0)
             mask, embeds, position_ids = (
                 None if t is None else t.repeat_interleave(times, dim=0) for t in (mask, embeds, position_ids)
             )
-            if cache is not None and cache.get_seq_length() and len(cache[0][0]) != len(ids):
+            if cache is not None and cache.get_seq_length() and len(next(iter(cache))[0]) != len(ids):
                 cache.batch_repeat_interleave(times)
         if cache is None and (config.use_cache or embeds is not None):
             cache = StaticCache(self.config, limit + prompt - ids.shape[1]) if static else DynamicCache()
@@ -374,7 +383,7 @@ class GenerationMixin:
         """The prompts' padding (B, T) as 0 and 1; None where there is none."""
         B = len(ids)
         if mask is None:
-            known = config.pad_token_id is not None and embeds is None
+            known = config.pad_token_id is not None and config.pad_token_id >= 0 and embeds is None
             ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             if known and pad in ends and B > 1 and bool((ids[:, 0] == pad).any()):
                 warnings.warn(
@@ -401,7 +410,7 @@ class GenerationMixin:
         if not beams:
             return GenerateDecoderOnlyOutput(record)
         if not run.config.output_scores:
-            beams = {}
+            del beams["sequences_scores"]
         return GenerateBeamDecoderOnlyOutput(record | beams)
 
     def prepare_inputs_for_generation(

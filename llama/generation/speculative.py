@@ -23,6 +23,8 @@ def write_speculatively(run: Run, assistant: Any = None) -> Iterator[torch.Tenso
         raise ValueError("drafting needs use_cache=True")
     if run.reader.embeds is not None:
         raise ValueError("drafting needs input_ids in the place of inputs_embeds")
+    if run.config.guidance_scale not in (None, 1):
+        raise ValueError("drafting cannot be combined with guidance_scale, which would have to forget refused guesses")
     drafter = PromptLookup(run) if assistant is None else Assistant(run, assistant)
     while run.length < run.limit:
         start = run.length
