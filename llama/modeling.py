@@ -108,7 +108,7 @@ class LlamaMLP(nn.Module):
         self.act_fn = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = ops.linear(self.gate_proj, x), ops.linear(self.up_proj, x)
+        gate, up = ops.linears((self.gate_proj, self.up_proj), x)
         hidden = ops.swiglu(gate, up) if type(self.act_fn) is nn.SiLU else self.act_fn(gate) * up
         return ops.linear(self.down_proj, hidden)
 
@@ -140,8 +140,8 @@ class LlamaAttention(nn.Module):
         """(B, T, E) -> (B, T, E), and the weights (B, H, T, S) where they are asked for."""
         B, T, _ = hidden_states.shape
         q, k, v = (
-            ops.linear(projection, hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.view(B, T, -1, self.head_dim).transpose(1, 2)
+            for projected in ops.linears((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         )
         q, k = ops.apply_rope(q, k, *position_embeddings)
         if past_key_values is not None:

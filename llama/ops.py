@@ -4,6 +4,7 @@ Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding inc
 may see no key gives zeros, as in the reference.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,47 +29,71 @@ def resolve_backend(backend: str) -> str:
     return "torch"
 
 
-def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)`, by a quicker way where there is one.
+class _Rows(threading.local):
+    """Whether this thread is in `rows_for_numpy`, and NumPy may take the products."""
 
-    One row of float32 on a CPU, as in every step of decoding, goes through NumPy, whose BLAS reads the weights about
-    twice as fast as PyTorch's there (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one
-    with hooks) is called and nothing else.
+    active = False
+
+
+_rows = _Rows()
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)`, by a quicker way where there is one: `linears` of one."""
+    return linears((module,), x)[0]
+
+
+def linears(modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[torch.Tensor]:
+    """`module(x)` of each.
+
+    Within `rows_for_numpy` one row goes through NumPy, whose BLAS reads the weights about twice as fast as PyTorch's
+    (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one with hooks) is called and nothing
+    else.
     """
-    if not (_is_plain(module) and _suits_numpy(x, module.weight)):
-        return module(x)
+    if not (_rows.active and _is_row(x)):
+        return [module(x) for module in modules]
+    row = x.numpy().reshape(-1)
+    return [_product(module, x, row) if _is_plain(module) else module(x) for module in modules]
+
+
+def _product(module: nn.Linear, x: torch.Tensor, row: np.ndarray) -> torch.Tensor:
     weight, bias = module.weight.detach(), module.bias
     if weight.numel() < IN_CACHE:
         return F.linear(x, weight, bias)
-    y = torch.from_numpy(weight.numpy() @ x.detach().numpy().reshape(-1))
+    y = torch.from_numpy(weight.numpy() @ row)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
 
 @contextmanager
 def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
-    """Set the threads for what follows, where `linear` works in NumPy: matrices of up to `size` numbers on one row.
+    """Let NumPy take the products of one row with matrices of up to `size` numbers, as in every step of decoding.
 
-    PyTorch keeps to this thread: its workers go on spinning for milliseconds after each parallel region, on the cores
-    that BLAS's need. BLAS takes as many as PyTorch had for large matrices, and one for those that are read in less time
-    than a scheduler's slice: it would wait that long, a few hundred times a token, for a core that somebody else uses.
+    That is float32 on a CPU of which nobody keeps a record. PyTorch stays on this thread meanwhile: its workers go on
+    spinning for milliseconds after each parallel region, on the cores that BLAS's need. BLAS takes as many threads as
+    PyTorch had for large matrices, and one for those that are read in less time than a scheduler's slice: it would
+    wait that long, a few hundred times a token, for a core that somebody else uses.
     """
-    if not _is_one_row(x):
+    if not _suits_numpy(x):
         yield
         return
     threads, libraries = torch.get_num_threads(), _blas_libraries()
     before = [library.num_threads for library in libraries]
-    if threads == 1 and all(number == 1 for number in before):
-        yield
-        return
-    torch.set_num_threads(1)
-    for library in libraries:
-        library.set_num_threads(threads if size >= LARGE else 1)
+    wanted = threads if size >= LARGE else 1
+    _rows.active = True
+    if threads > 1:
+        torch.set_num_threads(1)
+    for library, number in zip(libraries, before, strict=True):
+        if number != wanted:
+            library.set_num_threads(wanted)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        _rows.active = False
+        if threads > 1:
+            torch.set_num_threads(threads)
         for library, number in zip(libraries, before, strict=True):
-            library.set_num_threads(number)
+            if number != wanted:
+                library.set_num_threads(number)
 
 
 @cache
@@ -77,17 +102,11 @@ def _blas_libraries() -> list[Any]:
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-def _is_one_row(x: torch.Tensor) -> bool:
-    return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
-
-
-def _suits_numpy(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _suits_numpy(x: torch.Tensor) -> bool:
     """Whether `x` is one row of float32 on a CPU, and nobody records what is done with it."""
     return (
-        _is_one_row(x)
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        _is_row(x)
+        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
@@ -95,15 +114,20 @@ def _suits_numpy(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap and the like
         and forward_ad._current_level < 0
+        and not nn.modules.module._has_any_global_hook()
     )
 
 
+def _is_row(x: torch.Tensor) -> bool:
+    return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling `module` is F.linear of its own weight and nothing more."""
+    """Whether calling `module` is F.linear of its own float32 weight and nothing more."""
     return (
         type(module) is nn.Linear
-        and not nn.modules.module._has_any_global_hook()
         and type(module.weight) is nn.Parameter
+        and module.weight.dtype == torch.float32
         and "forward" not in module.__dict__  # how accelerate attaches itself
         and not module._forward_hooks
         and not module._forward_pre_hooks
@@ -112,8 +136,8 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + ε) in float32, rounded to x's dtype, then times weight    (Zhang & Sennrich 2019, eq. 4)"""
-    if _suits_numpy(x, weight):
-        row = x.detach().numpy().reshape(-1)
+    if _rows.active and _is_row(x) and weight.dtype == torch.float32:
+        row = x.numpy().reshape(-1)
         with np.errstate(all="ignore"):
             row = row * (1 / np.sqrt(np.float32(float(row @ row) / len(row) + eps)))
         return torch.from_numpy(row).view(x.shape) * weight.detach()
