@@ -15,10 +15,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def take_turns(rivals: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """What each rival measured, `runs` times. They take turns, so that all have the same weather."""
+    """What each rival measured, `runs` times. They take turns, so that all have the same weather.
+
+    Every other turn goes backwards: who is first pays for what the last one left behind.
+    """
     measured: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(runs):
-        for name, measure in rivals.items():
+    for turn in range(runs):
+        for name, measure in list(rivals.items())[:: -1 if turn % 2 else 1]:
             measured[name].append(measure())
     return measured
 

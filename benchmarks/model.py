@@ -46,16 +46,16 @@ def prefill(model: Any, ids: torch.Tensor) -> Callable[[], float]:
     return measure
 
 
-def decode(model: Any, ids: torch.Tensor) -> Callable[[], float]:
+def decode(model: Any, ids: torch.Tensor, new: int = NEW) -> Callable[[], float]:
     @torch.inference_mode()
     def measure() -> float:
         """tokens/s of a bare loop over forward, which is how the two compare layer by layer."""
         out = model(ids[:, :32], use_cache=True, logits_to_keep=1)
         start = time.perf_counter()
-        for _ in range(NEW):
+        for _ in range(new):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        return NEW / (time.perf_counter() - start)
+        return new / (time.perf_counter() - start)
 
     return measure
 
@@ -132,17 +132,26 @@ def loading(folder: Path, runs: int) -> dict:
     return harness.row("load", "s", harness.take_turns({k: load(v) for k, v in LIBRARIES.items()}, runs))
 
 
-def toy(runs: int) -> dict:
-    """Microseconds per token of generating with a model of one small layer, on one thread."""
+def toy(runs: int) -> list[dict]:
+    """Microseconds per token with a model of one small layer, on one thread: of generate, of the bare loop over forward
+    that `decode` is, and what the one takes more than the other."""
     torch.set_num_threads(1)
     fields = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
               "num_attention_heads": 4, "eos_token_id": None}  # fmt: skip
     models = {key: library.LlamaForCausalLM(library.LlamaConfig(**fields)).eval() for key, library in LIBRARIES.items()}
-    ids = torch.arange(8)[None]
-    rates = {key: generate(model, ids, TOY_NEW) for key, model in models.items()}
+    ids = torch.arange(TOY_NEW)[None]
+    turns = {f"{key}, generate": generate(model, ids, TOY_NEW) for key, model in models.items()}
+    turns |= {f"{key}, forward": decode(model, ids, TOY_NEW) for key, model in models.items()}
     with threadpool_limits(1, user_api="blas"):
-        rates = {key: lambda rate=rate: 1e6 / rate() for key, rate in rates.items()}
-        return harness.row("toy model, a token of generate", "us", harness.take_turns(rates, runs), threads=1)
+        rates = harness.take_turns(turns, runs)
+    times = {name: [1e6 / rate for rate in values] for name, values in rates.items()}
+    whole, bare = ({key: times[f"{key}, {what}"] for key in LIBRARIES} for what in ("generate", "forward"))
+    around = {key: [min(whole[key]) - min(bare[key])] for key in LIBRARIES}
+    return [
+        harness.row("toy model, a token of generate", "us", whole, threads=1),
+        harness.row("toy model, a token of forward", "us", bare, threads=1),
+        harness.row("toy model, what generate adds to forward (bests)", "us", around, threads=1),
+    ]
 
 
 def memory(folder: Path) -> dict:
@@ -164,7 +173,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for threads in (1, 2):
             rows += speed(folder, dtype, threads, options.runs)
-    rows += [loading(folder, options.runs), toy(options.runs), memory(folder)]
+    rows += [loading(folder, options.runs), *toy(options.runs), memory(folder)]
     harness.write(options.out, "model", "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)", rows)
 
 

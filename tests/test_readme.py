@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_code_runs(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+@pytest.mark.parametrize(("place", "starts"), [(0, "The capital of France is Paris"), (1, "[' Paris'")])
+def test_its_code_runs(tmp_path, place, starts):
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[place]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[' Paris'")
+    assert done.stdout.startswith(starts)
     assert "The capital of France is Paris" in done.stdout
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
 
@@ -37,3 +40,20 @@ def test_its_figures_are_those_of_the_committed_run():
     for label, what, digits in (("decode, tokens/s", "decode", 1), ("prefill of 512 tokens, s", "prefill 512", 2)):
         ours, theirs = (f"{best[what][name]:.{digits}f}" for name in ("reference", "transformers"))
         assert f"| {label} | {ours} | {theirs} |" in README
+
+
+def test_the_models_figures_are_those_of_the_committed_run():
+    rows = json.loads((ROOT / "benchmarks/results/model.json").read_text())["rows"]
+    rows = [row for row in rows if row.get("dtype", "float32") == "float32" and row.get("threads", 1) == 1]
+    found = {row["what"]: row for row in rows}
+    for label, what, digits in (
+        ("decode, tokens/s", "decode", 1),
+        ("prefill of 512 tokens, s", "prefill 512", 2),
+        ("loading, s", "load", 3),
+        ("peak memory, MB", "peak memory", 0),
+    ):
+        ours, theirs = (f"{found[what]['best'][name]:.{digits}f}" for name in ("llama", "transformers"))
+        assert f"| {label} | {ours} | {theirs} |" in README
+    of_floor = found["decode"]["of_floor"]
+    sentence = f"Decode reaches {of_floor['llama']:.2f} of what the memory allows, transformers {of_floor['transformers']:.2f}."
+    assert sentence in README

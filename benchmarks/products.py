@@ -1,0 +1,94 @@
+"""The products of decoding, one row with each of SmolLM2-135M's matrices: PyTorch beside NumPy, and both at once.
+
+    python -m benchmarks.products            # a table, and benchmarks/results/products.json
+
+Bound by memory: read GB/s. Each turn goes through enough matrices of a shape to pass every cache. `threads` are those
+of both libraries. The last rows are whole steps of decoding, with the products left to PyTorch, or to NumPy with the
+threads set as `llama.ops.rows_for_numpy` does, or to NumPy with the threads left as they are.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch.nn import functional as F
+
+import llama
+from benchmarks import harness
+from benchmarks.cpu import timed
+from benchmarks.model import decode
+from llama import ops
+from llama.checkpoints import fetch
+
+SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576))
+BYTES = 300_000_000
+
+
+def products(threads: int, runs: int) -> list[dict]:
+    torch.set_num_threads(threads)
+    rows = []
+    with threadpool_limits(threads, user_api="blas"), torch.inference_mode():
+        for shape in SHAPES:
+            weights = [torch.randn(shape) for _ in range(max(2, BYTES // (4 * shape[0] * shape[1])))]
+            arrays, x = [weight.numpy() for weight in weights], torch.randn(1, 1, shape[1])
+            row, size = x.numpy().reshape(-1), sum(weight.nbytes for weight in weights)
+            turns = {
+                "numpy": timed(lambda arrays=arrays, row=row: [array @ row for array in arrays]),
+                "torch": timed(lambda weights=weights, x=x: [F.linear(x, weight) for weight in weights]),
+            }
+            seconds = harness.take_turns(turns, runs)
+            rates = {name: [size / second / 1e9 for second in values] for name, values in seconds.items()}
+            rows.append(harness.row(f"product with {shape}", "GB/s", rates, max, threads=threads))
+    return rows
+
+
+def steps(folder: Path, threads: int, runs: int) -> dict:
+    """tokens/s of the three ways."""
+    torch.set_num_threads(threads)
+    model = llama.LlamaForCausalLM.from_pretrained(folder, dtype="float32")
+    ids = torch.randint(0, 49152, (1, 32), generator=torch.Generator().manual_seed(0))
+
+    def with_threads_left(x: torch.Tensor, size: int) -> nullcontext:
+        ops._rows.active = ops._suits_numpy(x)
+        return nullcontext()
+
+    def way(replacement: Callable | None) -> Callable[[], float]:
+        measure = decode(model, ids)
+
+        def run() -> float:
+            if replacement is None:
+                return measure()
+            try:
+                with patch.object(ops, "rows_for_numpy", replacement):
+                    return measure()
+            finally:
+                ops._rows.active = False
+
+        return run
+
+    turns = {
+        "numpy": way(None),
+        "numpy, threads left": way(with_threads_left),
+        "torch": way(lambda x, size: nullcontext()),
+    }
+    with threadpool_limits(threads, user_api="blas"):
+        return harness.row("decode", "tokens/s", harness.take_turns(turns, runs), max, threads=threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "products.json")
+    options = parser.parse_args()
+    folder = fetch("smollm2")
+    rows = [row for threads in (1, 2) for row in products(threads, options.runs)]
+    rows += [steps(folder, threads, options.runs) for threads in (1, 2)]
+    harness.write(options.out, "products", "SmolLM2-135M's shapes, float32", rows)
+
+
+if __name__ == "__main__":
+    main()
