@@ -46,8 +46,8 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def linears(modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[torch.Tensor]:
     """`module(x)` of each.
 
-    Within `rows_for_numpy` one row goes through NumPy, whose BLAS reads the weights about twice as fast as PyTorch's
-    (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one with hooks) is called and nothing
+    Within `rows_for_numpy` one row goes through NumPy, whose BLAS reads the weights half as fast again as PyTorch's, or
+    better (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one with hooks) is called and nothing
     else.
     """
     if not (_rows.active and _is_row(x)):
