@@ -47,8 +47,8 @@ def linears(modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[torch.Tenso
     """`module(x)` of each.
 
     Within `rows_for_numpy` one row goes through NumPy, whose BLAS reads the weights half as fast again as PyTorch's, or
-    better (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one with hooks) is called and nothing
-    else.
+    better (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one with hooks) is called and
+    nothing else.
     """
     if not (_rows.active and _is_row(x)):
         return [module(x) for module in modules]
