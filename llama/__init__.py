@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from .auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from .auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .auto import AutoTokenizer as AutoTokenizer
+    from .cache import Cache as Cache
     from .cache import DynamicCache as DynamicCache
     from .cache import StaticCache as StaticCache
     from .config import LlamaConfig as LlamaConfig
     from .generation.config import GenerationConfig as GenerationConfig
+    from .generation.processors import LogitsProcessor as LogitsProcessor
+    from .generation.processors import LogitsProcessorList as LogitsProcessorList
+    from .generation.stopping import StoppingCriteria as StoppingCriteria
+    from .generation.stopping import StoppingCriteriaList as StoppingCriteriaList
+    from .generation.streamers import TextIteratorStreamer as TextIteratorStreamer
+    from .generation.streamers import TextStreamer as TextStreamer
     from .modeling import LlamaForCausalLM as LlamaForCausalLM
     from .modeling import LlamaForQuestionAnswering as LlamaForQuestionAnswering
     from .modeling import LlamaForSequenceClassification as LlamaForSequenceClassification
@@ -39,9 +46,12 @@ _NAMES = {
         "AutoModelForTokenClassification",
         "AutoTokenizer",
     ),
-    "cache": ("DynamicCache", "StaticCache"),
+    "cache": ("Cache", "DynamicCache", "StaticCache"),
     "config": ("LlamaConfig",),
     "generation.config": ("GenerationConfig",),
+    "generation.processors": ("LogitsProcessor", "LogitsProcessorList"),
+    "generation.stopping": ("StoppingCriteria", "StoppingCriteriaList"),
+    "generation.streamers": ("TextIteratorStreamer", "TextStreamer"),
     "modeling": (
         "LlamaForCausalLM",
         "LlamaForQuestionAnswering",
@@ -53,9 +63,9 @@ _NAMES = {
     "tokenizer": ("LlamaTokenizerFast",),
 }
 _HOMES = {name: f"llama.{module}" for module, names in _NAMES.items() for name in names}
-_MODULES = ("kernels", "reference")
+_MODULES = ("hf", "kernels", "reference")
 
-__all__ = [*_HOMES, *_MODULES]
+__all__ = [*_HOMES, "kernels", "reference"]  # hf needs transformers: ask for it by name
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ class CacheLayer:
 
     Without gradients new tokens are written into the buffers, which double when full: appending costs the tokens, not
     the past. Under autograd, whose saved tensors must not change, the past is concatenated. Nor is anything written
-    over that somebody may hold: what was handed in, or was looked at before a crop, is copied first.
+    over that somebody may hold: what was handed in, or was looked at before a crop, is copied first. With a
+    `max_length` there is one buffer, and it is written over.
     """
 
     def __init__(self, max_length: int | None = None):
@@ -52,7 +53,8 @@ class CacheLayer:
                 return k, v
             shape = (k.shape[0], k.shape[1], self.max_length, k.shape[3])
             self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
-        if start == 0 and k.shape[0] != self._keys.shape[0]:
+        other = (k.shape[0], k.dtype, k.device) != (self._keys.shape[0], self._keys.dtype, self._keys.device)
+        if start == 0 and other:
             self._keys = self._values = None
             return self.append(k, v)
         if k.shape[0] != self._keys.shape[0]:

@@ -140,7 +140,7 @@ def verify(context: click.Context, model: str, backend: str, dtype: str, prompts
 
     Prints the largest error of each layer, and how many next tokens agree. Exits 1 where an error is beyond the budget
     (relative to the layer's largest number: 1e-4 in float32, 3e-2 in float16, 0.25 in bfloat16), or where a next token
-    differs whose lead is more than such errors explain.
+    differs that was not nearly tied.
     """
     from .checkpoints import open_checkpoint
 

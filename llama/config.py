@@ -269,6 +269,8 @@ class LlamaConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json, which transformers 4.46 and 5.x both read with RoPE intact."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub is not there; save the folder and upload it with huggingface_hub")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / "config.json")

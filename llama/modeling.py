@@ -1,7 +1,7 @@
 """The model in PyTorch: transformers' Llama classes, module by module and name by name.
 
-Read it from the bottom of the class list up, or from `LlamaModel.forward` down. What is computed on every token lives
-in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretrained`; writing text in
+Start at `LlamaModel.forward`; the modules it calls stand above it, the heads below. What is computed on every token
+lives in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretrained`; writing text in
 `llama.generation`.
 """
 
@@ -48,8 +48,9 @@ class LlamaRMSNorm(nn.Module):
 class LlamaRotaryEmbedding(nn.Module):
     """cos and sin of the positions' angles, from the reference's frequencies.
 
-    The frequencies stay float32 whatever the model is moved to: bfloat16 would turn position 2000 by 1.3 radians too
-    many. Of types whose angles follow the length (dynamic, longrope), the longest row of the batch decides for all.
+    The frequencies stay float32 whatever the model is moved to: in bfloat16 they would turn position 2000 by up to 2.4
+    radians too far (LLaMA 7B). Of types whose angles follow the length (dynamic, longrope), the longest row of the
+    batch decides for all.
     """
 
     inv_freq: torch.Tensor
@@ -85,7 +86,8 @@ class LlamaRotaryEmbedding(nn.Module):
 def _frequencies_at(position_ids: torch.Tensor, config: str) -> torch.Tensor:
     """The reference's frequencies (D/2,) for a text that reaches the largest of the positions.
 
-    An operator of its own, so that torch.compile does not look into it; the configuration comes as JSON.
+    An operator of its own, so that torch.compile does not look into it; the configuration comes as JSON. It waits for
+    the device, once a pass, to learn the length.
     """
     length = int(position_ids.max()) + 1
     frequencies, _ = reference.rope_frequencies(reference.Config(**json.loads(config)), length)
@@ -308,7 +310,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] | None = [] if output_attentions else None
-        with _threads(x, config.hidden_size * config.intermediate_size):
+        with _numpy_for_rows(x, config.hidden_size * config.intermediate_size):
             for layer in self.layers:
                 if output_hidden_states:
                     hidden_states.append(x)
@@ -378,6 +380,7 @@ class LlamaModel(LlamaPreTrainedModel):
                     f"attention_mask must be {(B, total)} or (batch, heads, {T}, {total}), for {past} tokens in the "
                     f"cache and {T} new ones; got {shape}"
                 )
+            attention_mask = attention_mask.to(x.device)
             if not attention_mask.is_floating_point():
                 attention_mask = attention_mask != 0
         padding = None
@@ -479,7 +482,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
-        with _threads(kept_x := x[:, kept], self.config.vocab_size * self.config.hidden_size):
+        kept_x = x[:, kept]
+        with _numpy_for_rows(kept_x, self.config.vocab_size * self.config.hidden_size):
             logits = ops.linear(self.lm_head, kept_x)
         if labels is not None and shift_labels is None:
             _check_labels(labels, x.shape[:2])
@@ -660,7 +664,8 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
         return out if self._wants_dict(return_dict) else out.to_tuple()
 
 
-def _threads(x: torch.Tensor, size: int) -> AbstractContextManager:
+def _numpy_for_rows(x: torch.Tensor, size: int) -> AbstractContextManager:
+    """`ops.rows_for_numpy`; torch.compile cannot look into a context manager of ours, so there is none for it."""
     return nullcontext() if torch.compiler.is_compiling() else ops.rows_for_numpy(x, size)
 
 

@@ -1,7 +1,7 @@
 """What the model computes with, one function for each hot path: the one place that will choose Triton or PyTorch.
 
 Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding included, are transformers'; a query that
-may see no key gives zeros, as in the reference.
+may see no key (False or -∞ in its mask) gives zeros, as in the reference.
 """
 
 import threading
@@ -16,6 +16,15 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+try:  # who watches is PyTorch's own affair, and where it says so may move
+    from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.nn.modules.module import _has_any_global_hook
+
+    CAN_TELL = hasattr(forward_ad, "_current_level")
+except ImportError:
+    CAN_TELL = False  # then nothing takes the detour
 
 BACKENDS = ("auto", "torch")
 LARGE = 2**25  # a matrix of as many numbers takes one core some five milliseconds to read
@@ -69,31 +78,50 @@ def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
     """Let NumPy take the products of one row with matrices of up to `size` numbers, as in every step of decoding.
 
     That is float32 on a CPU of which nobody keeps a record. PyTorch stays on this thread meanwhile: its workers go on
-    spinning for milliseconds after each parallel region, on the cores that BLAS's need. BLAS takes as many threads as
-    PyTorch had for large matrices, and one for those that are read in less time than a scheduler's slice: it would
-    wait that long, a few hundred times a token, for a core that somebody else uses.
+    spinning for milliseconds after each parallel region, on the cores that BLAS's need. For large matrices BLAS takes
+    as many threads as PyTorch had. For those that are read in less time than a scheduler's slice it takes one: a thread
+    whose core somebody else uses would hold up each of a token's few hundred products for a whole slice.
+
+    BLAS's number of threads may belong to the process or to the thread that sets it, as its build has it. So the first
+    thread that comes in notes what it was, and every one that leaves gives that back.
     """
-    if not _suits_numpy(x):
+    if _rows.active or not _suits_numpy(x):
         yield
         return
-    threads, libraries = torch.get_num_threads(), _blas_libraries()
-    before = [library.num_threads for library in libraries]
-    wanted = threads if size >= LARGE else 1
+    libraries, threads = _blas_libraries(), torch.get_num_threads()
+    with _pools.lock:
+        if _pools.inside == 0:
+            _pools.torch, _pools.blas = threads, [library.num_threads for library in libraries]
+        elif threads == 1:  # this thread was born within another's step, and took its 1 for the rule
+            threads = _pools.torch
+        _pools.inside += 1
+        _set_threads(libraries, [threads if size >= LARGE else 1] * len(libraries))
     _rows.active = True
-    if threads > 1:
-        torch.set_num_threads(1)
-    for library, number in zip(libraries, before, strict=True):
-        if number != wanted:
-            library.set_num_threads(wanted)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         _rows.active = False
-        if threads > 1:
-            torch.set_num_threads(threads)
-        for library, number in zip(libraries, before, strict=True):
-            if number != wanted:
-                library.set_num_threads(number)
+        torch.set_num_threads(threads)
+        with _pools.lock:
+            _pools.inside -= 1
+            _set_threads(libraries, _pools.blas)
+
+
+class _Pools:
+    """What the pools of threads had before the first thread came in."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.torch = threading.Lock(), 0, 1
+        self.blas: list[int] = []
+
+
+_pools = _Pools()
+
+
+def _set_threads(libraries: list[Any], numbers: list[int]) -> None:
+    for library, number in zip(libraries, numbers, strict=True):
+        library.set_num_threads(number)
 
 
 @cache
@@ -107,14 +135,14 @@ def _suits_numpy(x: torch.Tensor) -> bool:
     return (
         _is_row(x)
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and CAN_TELL
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()  # modes that count, fake or trace operations
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None  # vmap and the like
+        and not _len_torch_dispatch_stack()  # modes that count, fake or trace operations
+        and not _len_torch_function_stack()
+        and peek_interpreter_stack() is None  # vmap and the like
         and forward_ad._current_level < 0
-        and not nn.modules.module._has_any_global_hook()
+        and not _has_any_global_hook()
     )
 
 
@@ -175,7 +203,11 @@ def attention(
             causal = True
         else:
             mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        times = q.shape[1] // k.shape[1]  # CUDA's fused kernels take grouped heads only in halves without a mask
+        k, v, grouped = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), False
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

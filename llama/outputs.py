@@ -1,16 +1,18 @@
 """What the models return: dictionaries that are also attributes and tuples, as transformers' `ModelOutput`."""
 
+from collections import OrderedDict
 from inspect import get_annotations
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .cache import Cache
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class ModelOutput(dict):
+class ModelOutput(OrderedDict):
     """A record that reads as `out.logits`, `out["logits"]` and `out[0]`.
 
     Only what is there counts: a field that is None is no key, and the tuple leaves it out. Fields are the annotations
@@ -22,9 +24,16 @@ class ModelOutput(dict):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls._fields = tuple(get_annotations(cls))
+        # For what looks for tensors in it: FSDP's hooks, torch.export, torch.func.
+        pytree.register_pytree_node(
+            cls,
+            lambda out: (list(out.values()), list(out)),
+            lambda values, names: cls(zip(names, values, strict=True)),
+            serialized_type_name=f"llama.outputs.{cls.__name__}",
+        )
 
-    def __init__(self, values: dict[str, Any] | None = None, /, **fields: Any):
-        fields = {**(values or {}), **fields}
+    def __init__(self, values: Any = None, /, **fields: Any):
+        fields = {**dict(values or ()), **fields}
         if unknown := fields.keys() - set(self._fields):
             raise TypeError(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}")
         super().__init__({name: fields[name] for name in self._fields if fields.get(name) is not None})
@@ -40,7 +49,7 @@ class ModelOutput(dict):
         self[name] = value
 
     def __getitem__(self, key: Any) -> Any:
-        return dict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __reduce__(self) -> tuple:
         return type(self), (dict(self),)

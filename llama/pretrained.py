@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,8 +17,11 @@ from .config import LlamaConfig
 from .generation.config import GenerationConfig
 from .progress import progress
 
-# Keywords of transformers' from_pretrained that change nothing here: files are always mapped, and never run.
-IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "local_files_only", "_fast_init"}
+# Keywords of transformers' from_pretrained that change nothing here: files are local, always mapped, and never run.
+IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "local_files_only", "_fast_init",
+        "cache_dir", "token", "force_download", "offload_folder"}  # fmt: skip
+# Those that would change something, and are passed as None by those who do not mean them.
+ABSENT = ("revision", "subfolder", "variant", "quantization_config", "max_memory")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADS = ("lm_head.", "score.", "qa_outputs.")
 
@@ -124,6 +127,15 @@ class LlamaPreTrainedModel(nn.Module):
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return self.config.return_dict if return_dict is None else return_dict
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """What computes attention from now on: "eager" or "sdpa"."""
+        before, self.config.attn_implementation = self.config.attn_implementation, attn_implementation
+        try:
+            self.config.checked()
+        except ValueError:
+            self.config.attn_implementation = before
+            raise
 
     # -- embeddings and heads -----------------------------------------------------------------------------------------
 
@@ -262,6 +274,17 @@ class LlamaPreTrainedModel(nn.Module):
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     @classmethod
+    def from_config(cls, config: LlamaConfig, **kwargs: Any) -> Self:
+        """A model of newly drawn weights, in the configuration's dtype; keywords take the place of its fields."""
+        config, unused = LlamaConfig.from_dict(config.to_dict(), return_unused_kwargs=True, **_meant(kwargs))
+        if unused:
+            raise ValueError(f"from_config knows no {sorted(unused)[0]}")
+        model = cls(config)
+        return model if config.dtype is None else model.to(config.dtype)
+
+    _from_config = from_config
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: "str | os.PathLike[str] | Checkpoint",
@@ -297,8 +320,7 @@ class LlamaPreTrainedModel(nn.Module):
             ValueError, OSError: a file, a tensor or an argument is missing, damaged or unfit; the message names it.
         """
         backend = ops.resolve_backend(backend)
-        for name in IDLE:
-            kwargs.pop(name, None)
+        kwargs = _meant(kwargs)
         where = pretrained_model_name_or_path
         checkpoint = open_checkpoint(where)
         if config is not None and not isinstance(config, LlamaConfig):
@@ -407,6 +429,11 @@ class LlamaPreTrainedModel(nn.Module):
         """
         if kwargs.pop("push_to_hub", False):
             raise ValueError("push_to_hub is not there; save the folder and upload it with huggingface_hub")
+        for name in ("save_function", "variant", "token", "save_peft_format"):
+            if kwargs.pop(name, None) not in (None, True, torch.save):
+                raise ValueError(f"save_pretrained cannot follow {name}; leave it out")
+        if kwargs:
+            raise ValueError(f"save_pretrained knows no {sorted(kwargs)[0]}")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -426,6 +453,13 @@ class LlamaPreTrainedModel(nn.Module):
             if self.can_generate():
                 self.generation_config.save_pretrained(partial)
             save_weights(tensors, partial, max_shard_size, safe_serialization)
+
+
+def _meant(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that say something here."""
+    return {
+        name: value for name, value in kwargs.items() if name not in IDLE and not (name in ABSENT and value is None)
+    }
 
 
 class _Tensors:

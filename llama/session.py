@@ -72,14 +72,19 @@ class TorchEngine:
             min_p=sampler.min_p,
             repetition_penalty=sampler.repetition_penalty,
         )
+        self._new_cache = DynamicCache
         self.cache, self.seed, self._torch = DynamicCache(), sampler.seed, torch
 
     @property
     def length(self) -> int:
-        return self.cache.get_seq_length()
+        layers = self.cache.layers  # Ctrl-C may have stopped a pass between two of them
+        return min(layer.length for layer in layers) if len(layers) == self.config.num_hidden_layers else 0
 
     def crop(self, length: int) -> None:
-        self.cache.crop(length)
+        if length:
+            self.cache.crop(length)
+        else:
+            self.cache = self._new_cache()
 
     def stream(self, ids: list[int], room: int, ends: Ends) -> Iterator[int]:
         if self.seed is not None:

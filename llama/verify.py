@@ -21,6 +21,7 @@ PROMPTS = (
 # at its worst. float32 sums in another order through a deep stack; the halves round, by up to 2^-11 and 2^-8 each time,
 # and where an outlier is about to be born a layer misses by a tenth in bfloat16 (NOTES.md).
 BUDGET = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
+NEAR = 2e-2  # of the largest logit: two tokens so close may swap places in a half
 WAYS = ("prompt at once", "token by token")
 
 
@@ -30,8 +31,8 @@ class Report:
 
     largest, relative: the largest error of the layers' inputs, the normed output and the logits, by themselves and over
         the largest number there; arrays (ways, layers + 2).
-    agree: how many of the `tokens` next tokens are the same. near_ties: how many of the others stood so close together
-        in the reference that the budget covers their difference.
+    agree: how many of the `tokens` next tokens are the same. near_ties: how many of the others stood within `NEAR` of
+        each other in the reference.
     """
 
     dtype: torch.dtype
@@ -92,7 +93,7 @@ def verify(checkpoint: Checkpoint, backend: str = "auto", dtype: str = "auto", p
             at = np.arange(len(best))
             lead = truth.logits[0, at, best] - truth.logits[0, at, chosen]
             agree[way] += int((best == chosen).sum())
-            near = (best != chosen) & (lead <= 2 * BUDGET[model.dtype] * np.abs(truth.logits).max())
+            near = (best != chosen) & (lead <= NEAR * np.abs(truth.logits).max())
             near_ties[way] += int(near.sum())
     return Report(model.dtype, largest, largest / np.maximum(scale, 1e-30), agree, near_ties, tokens)
 

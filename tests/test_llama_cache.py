@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import both_models, counted_positions, miss
 from strategies import SEEDS, batches, configs
 
-from llama import DynamicCache, StaticCache
+from llama import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 STATELESS = ["default", "linear", "yarn", "llama3"]  # whose angles do not depend on the length
 # The same computation in float64, split up in other ways: rounding only.
@@ -489,3 +489,15 @@ def test_what_was_read_in_inference_mode_can_be_read_on_outside(small, ids):
             out = read(small, ids[:, place : place + 1], cache)
             assert near(out.logits, read(small, ids).logits[:, place : place + 1])
         assert near(small(ids[:, 7:], past_key_values=cache).logits, read(small, ids).logits[:, 7:])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_an_emptied_cache_takes_another_dtype(kind):
+    config = LlamaConfig(50, 32, 40, num_hidden_layers=1, num_attention_heads=4)
+    model, half = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval().bfloat16()
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config, max_cache_len=8)
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(half(ids, past_key_values=cache).logits, half(ids).logits)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from oracle import as_float64, both_models, counted_positions, miss, transformer
 from strategies import SEEDS, batches, configs
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import llama
 from llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, ops, reference
@@ -1254,3 +1256,62 @@ def test_threads_are_as_they_were_after_a_step_of_decoding(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert during == [(1, [1] * len(before[1]))]
+
+
+def test_threads_of_two_who_decode_at_once_are_given_back():
+    model = LlamaForCausalLM(LlamaConfig(50, 192, 200, num_hidden_layers=1, num_attention_heads=4)).eval()
+    within, may_go = threading.Event(), threading.Event()
+
+    def counts():
+        return torch.get_num_threads(), [library.num_threads for library in ops._blas_libraries()]
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            within.set()
+            assert may_go.wait(30)
+
+    model.model.norm.register_forward_pre_hook(wait)
+
+    def step():
+        with torch.no_grad():
+            model(torch.tensor([[1]]))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threadpool_limits(2, user_api="blas"):
+            before = counts()
+            other = threading.Thread(target=step)
+            other.start()
+            assert within.wait(30)
+            step()  # comes in after the other and leaves before
+            assert counts() == before
+            may_go.set()
+            other.join()
+            assert counts() == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_outputs_are_seen_into():
+    """FSDP, torch.export and torch.func look for tensors in what a model returns; DataParallel makes one of pairs."""
+    model = LlamaForCausalLM(LlamaConfig(50, 32, 40, num_hidden_layers=1, num_attention_heads=4)).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    out = model(ids, labels=ids, use_cache=False)
+    leaves, spec = pytree.tree_flatten(out)
+    assert [leaf is value for leaf, value in zip(leaves, (out.loss, out.logits), strict=True)] == [True, True]
+    again = pytree.tree_unflatten(leaves, spec)
+    assert type(again) is CausalLMOutputWithPast
+    assert again.logits is out.logits
+    assert type(out)((name, value) for name, value in out.items()).loss is out.loss
+    exported = torch.export.export(model, (ids,), {"use_cache": False}).module()
+    assert torch.equal(exported(ids, use_cache=False).logits, model(ids).logits)
+
+
+def test_the_implementation_of_attention_can_be_changed():
+    model = LlamaModel(LlamaConfig(50, 32, 40, num_hidden_layers=1, num_attention_heads=4))
+    model.set_attn_implementation("eager")
+    assert model.config.attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn_implementation must be one of"):
+        model.set_attn_implementation("flashy")
+    assert model.config.attn_implementation == "eager"

@@ -1243,3 +1243,49 @@ def test_built_on_meta_nothing_is_drawn():
         model = LlamaForCausalLM(LlamaConfig(**FIELDS | {"hidden_size": 8192, "vocab_size": 128_000}))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.get_memory_footprint() > 8e9
+
+
+def test_an_untrained_model_comes_from_a_configuration():
+    config = llama.AutoConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=8, num_attention_heads=2, dtype="bfloat16"
+    )
+    model = llama.AutoModelForCausalLM.from_config(config, num_hidden_layers=1, trust_remote_code=True)
+    assert (model.dtype, len(model.model.layers), config.num_hidden_layers) == (torch.bfloat16, 1, 32)
+    with pytest.raises(ValueError, match="from_config knows no flash"):
+        llama.AutoModelForCausalLM.from_config(config, flash=True)
+
+
+def test_what_a_save_cannot_follow_is_an_error(tmp_path):
+    model = llama.LlamaModel(llama.LlamaConfig(20, 16, 8, num_hidden_layers=1, num_attention_heads=2))
+    for options, message in (
+        ({"max_shard_sise": "1MB"}, "save_pretrained knows no max_shard_sise"),
+        ({"variant": "fp16"}, "save_pretrained cannot follow variant"),
+        ({"push_to_hub": True}, "push_to_hub is not there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "model", **options)
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match="push_to_hub is not there"):
+        model.config.save_pretrained(tmp_path, push_to_hub=True)
+    model.save_pretrained(tmp_path / "model", save_function=torch.save, token=None)
+
+
+def test_a_file_system_without_links_can_be_saved_to(tmp_path, monkeypatch):
+    model = llama.LlamaModel(llama.LlamaConfig(20, 16, 8, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(tmp_path)
+
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    with torch.no_grad():
+        model.norm.weight.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    assert (llama.LlamaModel.from_pretrained(tmp_path).norm.weight == 3).all()
+
+
+def test_keywords_that_mean_nothing_here_are_taken(tmp_path):
+    llama.LlamaModel(llama.LlamaConfig(20, 16, 8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    llama.LlamaModel.from_pretrained(tmp_path, cache_dir="x", token=None, revision=None, quantization_config=None)
+    with pytest.raises(ValueError, match="from_pretrained knows no revision"):
+        llama.LlamaModel.from_pretrained(tmp_path, revision="main")

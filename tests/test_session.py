@@ -124,3 +124,20 @@ def test_auto_is_torch_where_it_is_installed(model, monkeypatch):
 def test_backends_say_the_same(model):
     texts = ["".join(Session(str(model), backend, 20, Sampler()).answer(ONE)) for backend in ("reference", "torch")]
     assert texts[0] == texts[1]
+
+
+def test_a_pass_that_is_stopped_between_two_layers_is_read_again(model):
+    def session():
+        return Session(str(model), "torch", 6, Sampler())
+
+    stopped, whole = session(), session()
+    "".join(stopped.answer(ONE))
+    for layers in (1, 0):  # in the middle of a step, and of the very first prompt
+        engine = stopped.engine
+        hook = engine.model.model.layers[layers].register_forward_pre_hook(lambda *_: 1 / 0)
+        if not layers:
+            engine.crop(0)
+        with pytest.raises(ZeroDivisionError):
+            "".join(stopped.answer(TWO))
+        hook.remove()
+        assert "".join(stopped.answer(TWO)) == "".join(whole.answer(TWO))

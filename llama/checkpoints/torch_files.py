@@ -67,7 +67,9 @@ def save_weights(
             if safe:
                 save_file(contents, folder / file, metadata={"format": "pt"})
             else:
-                torch.save({key: tensor.clone() for key, tensor in contents.items()}, folder / file)  # alone, no views
+                torch.save(
+                    {key: tensor.to("cpu", copy=True) for key, tensor in contents.items()}, folder / file
+                )  # alone, no views
         except OSError:
             raise
         except Exception as error:
@@ -109,7 +111,10 @@ def replaced(folder: Path) -> Iterator[Path]:
         before.mkdir()
         for name in [*new, *stale]:
             if (folder / name).exists():
-                os.link(folder / name, before / name)
+                try:
+                    os.link(folder / name, before / name)
+                except OSError:  # not every file system has links
+                    shutil.copy2(folder / name, before / name)
         try:
             for name in new:
                 os.replace(partial / name, folder / name)

@@ -77,7 +77,7 @@ def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         bound = running_scores[:, :1] / length**config.length_penalty
         worst = torch.where(is_ended, ended_scores.min(1, keepdim=True)[0], OUT)
         can_improve = can_improve & (bound > worst).any(1, keepdim=True)
-        is_full = bool(is_ended.all()) and config.early_stopping is True
+        is_full = config.early_stopping is True and bool(is_ended.all())
         if is_full or not bool(can_improve.any()) or bool(done.all()):
             break
         if run.reader.cache is not None:

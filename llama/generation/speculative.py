@@ -118,9 +118,12 @@ class Assistant:
                 f"assistant_model knows {model.config.vocab_size} tokens and the model {run.model.config.vocab_size}; "
                 "both must have one vocabulary"
             )
-        mask = None if run.reader.mask is None else run.reader.mask[:, : run.length]
-        self.run, self.cache = run, DynamicCache()
-        self.reader = Reader(model, self.cache, mask, limit=run.limit)
+        reader = run.reader
+        mask, positions = (
+            None if t is None else t[:, : run.length].to(model.device) for t in (reader.mask, reader.positions)
+        )
+        self.run, self.cache, self.device = run, DynamicCache(), model.device
+        self.reader = Reader(model, self.cache, mask, positions, limit=run.limit)
         own = model.generation_config
         self.most = float(own.num_assistant_tokens)
         self.schedule, self.confidence = own.num_assistant_tokens_schedule, own.assistant_confidence_threshold
@@ -131,7 +134,8 @@ class Assistant:
         self.cache.crop(min(self.cache.get_seq_length(), text.shape[1] - 1))
         odds = []
         for _ in range(min(room, int(self.most))):
-            scores = run.processors(text, self.reader.read(text).logits[:, -1].float())
+            logits = self.reader.read(text.to(self.device)).logits[:, -1].float()
+            scores = run.processors(text, logits.to(text.device))
             token = run.choose(scores)
             odds.append(F.softmax(scores, dim=-1)[0])
             text = torch.cat((text, token[:, None]), dim=1)
