@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import ops, reference
+from . import ops, reference, row
 from .activations import activation
 from .cache import Cache, DynamicCache, as_cache
 from .config import LlamaConfig
@@ -111,7 +111,8 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = ops.linears((self.gate_proj, self.up_proj), x)
-        hidden = ops.swiglu(gate, up) if type(self.act_fn) is nn.SiLU else self.act_fn(gate) * up
+        is_silu = type(self.act_fn) is nn.SiLU and ops.is_unwatched(self.act_fn)
+        hidden = ops.swiglu(gate, up) if is_silu else self.act_fn(gate) * up
         return ops.linear(self.down_proj, hidden)
 
 
@@ -310,14 +311,20 @@ class LlamaModel(LlamaPreTrainedModel):
 
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] | None = [] if output_attentions else None
+        shown = output_hidden_states or output_attentions
         with _numpy_for_rows(x, config.hidden_size * config.intermediate_size):
-            for layer in self.layers:
-                if output_hidden_states:
-                    hidden_states.append(x)
-                if recompute:
-                    x = checkpoint(layer, x, rotation, mask, cache, attentions, **self.gradient_checkpointing_kwargs)
-                else:
-                    x = layer(x, rotation, mask, cache, attentions)
+            plan = None if shown or mask is not None else row.plan(self, cache)
+            if plan is not None:
+                x = row.read(plan, x, rotation, cache)
+            else:
+                for layer in self.layers:
+                    if output_hidden_states:
+                        hidden_states.append(x)
+                    if recompute:
+                        kept = self.gradient_checkpointing_kwargs
+                        x = checkpoint(layer, x, rotation, mask, cache, attentions, **kept)
+                    else:
+                        x = layer(x, rotation, mask, cache, attentions)
             x = self.norm(x)
         out = BaseModelOutputWithPast(
             last_hidden_state=x,

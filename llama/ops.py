@@ -47,6 +47,11 @@ class _Rows(threading.local):
 _rows = _Rows()
 
 
+def numpy_has_rows() -> bool:
+    """Whether this is within `rows_for_numpy`, of a row that suits it."""
+    return _rows.active
+
+
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`module(x)`, by a quicker way where there is one: `linears` of one."""
     return linears((module,), x)[0]
@@ -62,7 +67,7 @@ def linears(modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[torch.Tenso
     if not (_rows.active and _is_row(x)):
         return [module(x) for module in modules]
     row = x.numpy().reshape(-1)
-    return [_product(module, x, row) if _is_plain(module) else module(x) for module in modules]
+    return [_product(module, x, row) if is_plain(module) else module(x) for module in modules]
 
 
 def _product(module: nn.Linear, x: torch.Tensor, row: np.ndarray) -> torch.Tensor:
@@ -150,13 +155,23 @@ def _is_row(x: torch.Tensor) -> bool:
     return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `module` is F.linear of its own float32 weight and nothing more."""
+    if type(module) is not nn.Linear:
+        return False
+    weight = module._parameters.get("weight")  # nn.Module's own look-up takes longer
     return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and module.weight.dtype == torch.float32
-        and "forward" not in module.__dict__  # how accelerate attaches itself
+        type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and is_unwatched(module)
+    )
+
+
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing more."""
+    return (
+        "forward" not in module.__dict__  # how accelerate attaches itself
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )

@@ -18,7 +18,16 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import llama
-from llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, ops, reference
+from llama import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    ops,
+    reference,
+    row,
+)
 from llama.activations import ACTIVATIONS
 from llama.modeling import LlamaRMSNorm
 from llama.outputs import CausalLMOutputWithPast
@@ -1249,7 +1258,7 @@ def test_threads_are_as_they_were_after_a_step_of_decoding(monkeypatch):
             before = counts()
             model(torch.tensor([[1]]))
             assert counts() == before
-            monkeypatch.setattr(ops, "swiglu", None)
+            monkeypatch.setattr(row, "read", None)
             with pytest.raises(TypeError):
                 model(torch.tensor([[1]]))
             assert counts() == before
@@ -1315,3 +1324,70 @@ def test_the_implementation_of_attention_can_be_changed():
     with pytest.raises(ValueError, match="attn_implementation must be one of"):
         model.set_attn_implementation("flashy")
     assert model.config.attn_implementation == "eager"
+
+
+def row_model(**fields):
+    torch.manual_seed(0)
+    config = LlamaConfig(50, 192, 200, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, **fields)
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def decoded(model, ids):
+    """Logits of every token, read one by one: each is a row that NumPy may take."""
+    cache = DynamicCache()
+    return torch.cat([model(token[None, None], past_key_values=cache).logits for token in ids[0]], dim=1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16}])
+def test_a_row_in_numpy_is_what_the_modules_say(monkeypatch, fields):
+    model, ids = row_model(**fields), torch.arange(12)[None]
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases off 0, gains off 1
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    rows, read = [], row.read
+    monkeypatch.setattr(row, "read", lambda *arguments: rows.append(1) or read(*arguments))
+    ours = decoded(model, ids)
+    assert len(rows) == 12
+    monkeypatch.setattr(row, "plan", lambda *_: None)
+    assert miss(ours, decoded(model, ids)) < 1e-5
+    assert len(rows) == 12
+
+
+ROW_MODULES = ["", *(name for name, _ in row_model().model.layers[1].named_modules() if name)]
+
+
+@pytest.mark.parametrize("name", ROW_MODULES)
+@pytest.mark.parametrize("way", ["hook", "before", "forward"])
+def test_a_row_passes_no_hook_by(name, way):
+    model, heard = row_model(), []
+    module = model.model.layers[1].get_submodule(name)
+    if way == "hook":
+        module.register_forward_hook(lambda *_: heard.append(1))
+    elif way == "before":
+        module.register_forward_pre_hook(lambda *_: heard.append(1))
+    else:
+        forward = module.forward
+        module.forward = lambda *a, **k: heard.append(1) or forward(*a, **k)
+    decoded(model, torch.arange(3)[None])
+    assert len(heard) == 3
+
+
+def test_a_row_passes_no_other_module_by():
+    """A subclass, another activation, pruned heads or half weights anywhere leave the layers to the modules."""
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    right = decoded(row_model(), torch.arange(3)[None])
+    model = row_model()
+    model.model.layers[1].mlp.down_proj.__class__ = Linear
+    assert miss(decoded(model, torch.arange(3)[None]), right) > 1e-3
+    model = row_model(hidden_act="gelu")
+    with torch.no_grad():
+        assert miss(decoded(model, torch.arange(3)[None]), model(torch.arange(3)[None]).logits) < 1e-5
+    model = row_model()
+    model.prune_heads({0: [0], 1: [3, 4, 5]})
+    with torch.no_grad():
+        assert miss(decoded(model, torch.arange(3)[None]), model(torch.arange(3)[None]).logits) < 1e-5
