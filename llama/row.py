@@ -1,8 +1,7 @@
 """A step of decoding on a CPU: one row through the layers, in NumPy.
 
-Such a step reads every weight once and computes next to nothing. What stands between the products then counts: with
-PyTorch's operations there a third of the step, with NumPy's a tenth (benchmarks/results/model.json and products.json).
-So this is `LlamaDecoderLayer` once more for this one shape, with the same cache. Whatever is not plain, an adapter or a
+Such a step reads every weight once and computes next to nothing, so what stands between the products counts, and NumPy's
+operations cost less there than PyTorch's (NOTES.md). So this is `LlamaDecoderLayer` once more for this one shape, with the same cache. Whatever is not plain, an adapter or a
 hook anywhere in a layer, leaves all of them to the modules; a test holds the two together.
 """
 
