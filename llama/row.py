@@ -1,8 +1,9 @@
 """A step of decoding on a CPU: one row through the layers, in NumPy.
 
-Such a step reads every weight once and computes next to nothing, so what stands between the products counts, and NumPy's
-operations cost less there than PyTorch's (NOTES.md). So this is `LlamaDecoderLayer` once more for this one shape, with the same cache. Whatever is not plain, an adapter or a
-hook anywhere in a layer, leaves all of them to the modules; a test holds the two together.
+Such a step reads every weight once and computes next to nothing, so what stands between the products counts, and
+NumPy's operations cost less there than PyTorch's (NOTES.md). So this is `LlamaDecoderLayer` once more for this one
+shape, with the same cache. Whatever is not plain, an adapter or a hook anywhere in a layer, leaves all of them to the
+modules; a test holds the two together.
 """
 
 from typing import Any
