@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +82,7 @@ class LlamaRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-@torch.library.custom_op("llama_triton::rope_frequencies", mutates_args=())
+@library.custom_op("llama_triton::rope_frequencies", mutates_args=())
 def _frequencies_at(position_ids: torch.Tensor, config: str) -> torch.Tensor:
     """The reference's frequencies (D/2,) for a text that reaches the largest of the positions.
 

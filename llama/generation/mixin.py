@@ -25,7 +25,6 @@ OWN_ARGUMENTS = (
     "prefix_allowed_tokens_fn",
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
-    "assistant_model",
 )
 MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "input_ids", "tokenizer")
 
@@ -190,7 +189,7 @@ class GenerationMixin:
             ValueError: an option that is unknown or cannot work, padding on the right, a cache that does not fit.
         """
         run = self._prepare(inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
-                            negative_prompt_ids, negative_prompt_attention_mask, assistant_model, kwargs)  # fmt: skip
+                            negative_prompt_ids, negative_prompt_attention_mask, kwargs)  # fmt: skip
         config = run.config
         if config.num_beams > 1:
             if streamer is not None:
@@ -216,10 +215,11 @@ class GenerationMixin:
     def steps(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Iterator[torch.Tensor]:
         """`generate`, step by step: yields the (B,) new tokens of every step as soon as they are known."""
         options = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
+        assistant_model = kwargs.pop("assistant_model", None)
         run = self._prepare(inputs, **options, kwargs=kwargs)
         if run.config.num_beams > 1:
             raise ValueError("steps need num_beams=1: a beam can still lose against another")
-        yield from self._writer(run, options["assistant_model"])
+        yield from self._writer(run, assistant_model)
 
     @torch.no_grad()
     def stream(self, inputs: torch.Tensor | None = None, *, tokenizer: Any, skip_special_tokens: bool = True,
@@ -229,12 +229,13 @@ class GenerationMixin:
         Stop strings are not part of the text. Arguments are those of `generate`; wrong ones raise at the first piece.
         """
         options = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
+        assistant_model = kwargs.pop("assistant_model", None)
         run = self._prepare(inputs, **options, kwargs=kwargs | {"tokenizer": tokenizer})
         if len(run.ids) != 1 or run.config.num_beams > 1:
             raise ValueError("stream writes one text: give one prompt, num_beams=1 and num_return_sequences=1")
         stops = next((c.stop_strings for c in run.criteria if isinstance(c, StopStringCriteria)), ())
         text, pending = TextStream(tokenizer, skip_special_tokens), ""
-        pieces = (text.put(int(token)) for token in self._writer(run, options["assistant_model"]))
+        pieces = (text.put(int(token)) for token in self._writer(run, assistant_model))
         for piece in chain(pieces, (text.end() for _ in range(1))):
             pending += piece
             first = min((place for stop in stops if (place := pending.find(stop)) >= 0), default=None)
@@ -256,7 +257,7 @@ class GenerationMixin:
         return write_speculatively(run, assistant_model)
 
     def _prepare(self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
-                 negative_prompt_ids, negative_prompt_attention_mask, assistant_model,
+                 negative_prompt_ids, negative_prompt_attention_mask,
                  kwargs: dict[str, Any]) -> Run:  # fmt: skip
         """Options merged, inputs checked and repeated as often as texts are to be written, the first cache made."""
         config, given = self._options(generation_config, kwargs)
