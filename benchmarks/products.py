@@ -3,8 +3,8 @@
     python -m benchmarks.products            # a table, and benchmarks/results/products.json
 
 Bound by memory: read GB/s. Each turn goes through enough matrices of a shape to pass every cache. `threads` are those
-of both libraries. The last rows are whole steps of decoding, with the products left to PyTorch, or to NumPy with the
-threads set as `llama.ops.rows_for_numpy` does, or to NumPy with the threads left as they are.
+of both libraries. The last rows are whole steps of decoding, left to PyTorch, or in NumPy with the threads and the
+product as `llama.ops.rows_for_numpy` sets them, or in NumPy with BLAS's product and the threads left as they are.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
@@ -38,6 +39,7 @@ def products(threads: int, runs: int) -> list[dict]:
             row, size = x.numpy().reshape(-1), sum(weight.nbytes for weight in weights)
             turns = {
                 "numpy": timed(lambda arrays=arrays, row=row: [array @ row for array in arrays]),
+                "numpy, row by row": timed(lambda arrays=arrays, row=row: [np.vecdot(array, row) for array in arrays]),
                 "torch": timed(lambda weights=weights, x=x: [F.linear(x, weight) for weight in weights]),
             }
             seconds = harness.take_turns(turns, runs)
@@ -53,7 +55,7 @@ def steps(folder: Path, threads: int, runs: int) -> dict:
     ids = torch.randint(0, 49152, (1, 32), generator=torch.Generator().manual_seed(0))
 
     def with_threads_left(x: torch.Tensor, size: int) -> nullcontext:
-        ops._rows.active = ops._suits_numpy(x)
+        ops._rows.active, ops._rows.product = ops._suits_numpy(x), np.dot
         return nullcontext()
 
     def way(replacement: Callable | None) -> Callable[[], float]:

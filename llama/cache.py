@@ -53,21 +53,17 @@ class CacheLayer:
                 return k, v
             shape = (k.shape[0], k.shape[1], self.max_length, k.shape[3])
             self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
-        other = (k.shape[0], k.dtype, k.device) != (self._keys.shape[0], self._keys.dtype, self._keys.device)
-        if start == 0 and other:
+        if start == 0 and (k.shape[0], k.dtype, k.device) != (len(self._keys), self._keys.dtype, self._keys.device):
             self._keys = self._values = None
             return self.append(k, v)
         if k.shape[0] != self._keys.shape[0]:
             raise ValueError(f"the cache holds {self._keys.shape[0]} rows and {k.shape[0]} come; reorder or reset it")
-        frozen = (
-            not torch.compiler.is_compiling() and self._keys.is_inference() and not torch.is_inference_mode_enabled()
-        )
         if torch.is_grad_enabled():
             self._ours = False
             self._keys = torch.cat([self._keys[:, :, :start], k], dim=2)
             self._values = torch.cat([self._values[:, :, :start], v], dim=2)
         else:
-            if end > self._keys.shape[2] or frozen or not (self._ours or self.max_length):
+            if end > self._keys.shape[2] or not (self._ours or self.max_length) or _is_frozen(self._keys):
                 self._ours = True
                 room = max(end, 2 * start)
                 self._keys, self._values = (
@@ -90,6 +86,11 @@ class CacheLayer:
         if self._keys is not None and self._values is not None:
             rows = rows.to(self._keys.device)
             self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+
+
+def _is_frozen(x: torch.Tensor) -> bool:
+    """Whether `x` was made in inference mode, and this is outside of it: then it may not be written to."""
+    return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class Cache:

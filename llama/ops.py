@@ -5,7 +5,7 @@ may see no key (False or -∞ in its mask) gives zeros, as in the reference.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeGuard
@@ -39,9 +39,10 @@ def resolve_backend(backend: str) -> str:
 
 
 class _Rows(threading.local):
-    """Whether this thread is in `rows_for_numpy`, and NumPy may take the products."""
+    """Whether this thread is in `rows_for_numpy`, and NumPy may take the products; and how it takes them."""
 
     active = False
+    product: Callable[..., np.ndarray] = np.dot
 
 
 _rows = _Rows()
@@ -50,6 +51,11 @@ _rows = _Rows()
 def numpy_has_rows() -> bool:
     """Whether this is within `rows_for_numpy`, of a row that suits it."""
     return _rows.active
+
+
+def product(weight: np.ndarray, row: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """weight (M, N) times row (N,), as this thread's `rows_for_numpy` would have it."""
+    return _rows.product(weight, row, out)
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +80,7 @@ def _product(module: nn.Linear, x: torch.Tensor, row: np.ndarray) -> torch.Tenso
     weight, bias = module.weight.detach(), module.bias
     if weight.numel() < IN_CACHE:
         return F.linear(x, weight, bias)
-    y = torch.from_numpy(weight.numpy() @ row)
+    y = torch.from_numpy(product(weight.numpy(), row))
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
 
@@ -85,7 +91,8 @@ def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
     That is float32 on a CPU of which nobody keeps a record. PyTorch stays on this thread meanwhile: its workers go on
     spinning for milliseconds after each parallel region, on the cores that BLAS's need. For large matrices BLAS takes
     as many threads as PyTorch had. For those that are read in less time than a scheduler's slice it takes one: a thread
-    whose core somebody else uses would hold up each of a token's few hundred products for a whole slice.
+    whose core somebody else uses would hold up each of a token's few hundred products for a whole slice. One thread
+    takes a product row by row (`np.vecdot`), which reads a mapped file a quarter faster than BLAS's own order does.
 
     BLAS's number of threads may belong to the process or to the thread that sets it, as its build has it. So the first
     thread that comes in notes what it was, and every one that leaves gives that back.
@@ -101,7 +108,7 @@ def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
             threads = _pools.torch
         _pools.inside += 1
         _set_threads(libraries, [threads if size >= LARGE else 1] * len(libraries))
-    _rows.active = True
+    _rows.active, _rows.product = True, np.dot if size >= LARGE and threads > 1 else np.vecdot
     torch.set_num_threads(1)
     try:
         yield
@@ -152,7 +159,7 @@ def _suits_numpy(x: torch.Tensor) -> bool:
 
 
 def _is_row(x: torch.Tensor) -> bool:
-    return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.numel() == x.shape[-1] and type(x) is torch.Tensor and x.dtype == torch.float32 and x.is_cpu
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -160,12 +167,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear:
         return False
     weight = module._parameters.get("weight")  # nn.Module's own look-up takes longer
-    return (
-        type(weight) is nn.Parameter
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and is_unwatched(module)
-    )
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_cpu and is_unwatched(module)
 
 
 def is_unwatched(module: nn.Module) -> bool:
@@ -253,7 +255,8 @@ def causal_mask(T: int, S: int, device: torch.device) -> torch.Tensor:
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up                                                              (Shazeer 2020, eq. 5)"""
-    return F.silu(gate) * up
+    activated = F.silu(gate)
+    return activated * up if torch.is_grad_enabled() else activated.mul_(up)  # one buffer less to page in
 
 
 def cross_entropy(

@@ -119,7 +119,7 @@ def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 def _product(arrays: Arrays, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     weight, bias = arrays
-    y = np.dot(weight, x, out=out)
+    y = ops.product(weight, x, out)
     if bias is not None:
         y += bias
     return y
