@@ -1,0 +1,65 @@
+"""SwiGLU: the gate of the feed-forward half, without a copy of either side.
+
+    y = silu(gate) · up,   silu(x) = x / (1 + e^-x)        (Shazeer 2020, eq. 5)
+
+Computed in float32 and rounded once. Bound by memory: gate and up are read once, y is written once. Both may be halves
+of one projection's output. Truth: `llama.reference.swiglu`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch, tiles
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_ptr, up_ptr, y_ptr, g_inner, g_outer_stride, g_inner_stride, g_stride,
+    u_inner, u_outer_stride, u_inner_stride, u_stride, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.cast(tl.program_id(0), tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    gate_row = gate_ptr + (row // g_inner) * g_outer_stride + (row % g_inner) * g_inner_stride
+    up_row = up_ptr + (row // u_inner) * u_outer_stride + (row % u_inner) * u_inner_stride
+    gate = tl.load(gate_row + col * g_stride, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_row + col * u_stride, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * width + col, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _fake(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.empty(gate.shape, dtype=torch.result_type(gate, up), device=gate.device)
+
+
+@launch.operator("swiglu(Tensor gate, Tensor up) -> Tensor", _fake)
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y = _fake(gate, up)
+    if not y.numel():
+        return y
+    gate, up = launch.as_rows(gate), launch.as_rows(up)
+    rows, width = gate.shape[0] * gate.shape[1], gate.shape[2]
+    tile = tiles.swiglu(width)
+    _swiglu_kernel[(rows, triton.cdiv(width, tile.block))](
+        gate, up, y, gate.shape[1], *gate.stride(), up.shape[1], *up.stride(), width,
+        BLOCK=tile.block, num_warps=tile.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up.
+
+    Args:
+        gate, up: (..., F) of the same shape, any strides; float32, float16 or bfloat16.
+
+    Returns:
+        A new tensor of that shape.
+
+    Raises:
+        ValueError: shapes that differ, another dtype, or a device that Triton does not reach.
+    """
+    launch.check("swiglu", gate, up)
+    if gate.shape != up.shape or gate.dim() == 0:
+        raise ValueError(f"swiglu: gate and up must have one shape, got {gate.shape} and {up.shape}")
+    return _swiglu(gate, up)

@@ -1,0 +1,121 @@
+"""Every kernel's configuration, by GPU family and shape class. `benchmarks/tune.py` measures rivals of these.
+
+Fixed in advance: nothing is tuned at a user's first call, and nothing depends on how many tokens there are, so that a
+row's bits do not depend on its batch. Where two chips share a family they share its shared memory and matrix units
+(`launch.family_of`). A test compiles every entry for its family without a GPU and wants no spills.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+FAMILIES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+HEAD_DIMS = (64, 128, 256)  # a head of D numbers takes the first class that holds it; above the last there is none
+WIDEST_ROW = 16384  # of rms_norm: a program holds its row in registers
+
+
+class Rows(NamedTuple):
+    """Rows of a program, and its warps."""
+
+    rows: int
+    warps: int
+
+
+class Block(NamedTuple):
+    """Columns of a program, and its warps."""
+
+    block: int
+    warps: int
+
+
+class Heads(NamedTuple):
+    """Heads that a program turns at a time, and its warps."""
+
+    heads: int
+    warps: int
+
+
+class Attention(NamedTuple):
+    """Queries and keys of a tile, warps, stages of the pipeline, and whether keys come by TMA descriptors."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+@cache
+def rms_norm(width: int) -> Rows:
+    """Thirty-two numbers a thread at most, loads of 16 bytes."""
+    block = triton.next_power_of_2(width)
+    return Rows(max(1, min(4, 2048 // block)), {8192: 8, 16384: 16}.get(block, 4))
+
+
+@cache
+def swiglu(width: int) -> Block:
+    return Block(min(2048, triton.next_power_of_2(width)), 8 if width > 1024 else 4)
+
+
+@cache
+def rope(heads: int, head_dim: int) -> Heads:
+    """At most 2048 pairs at a time."""
+    half = triton.next_power_of_2(head_dim // 2)
+    return Heads(min(triton.next_power_of_2(heads), max(1, 2048 // half)), 4)
+
+
+# Prefill, by family and head class: halves (float16, bfloat16), then float32, whose products are exact and take no
+# matrix units, so that registers want small tiles.
+PREFILL: dict[str, dict[int, Attention]] = {
+    "sm_80": {64: Attention(128, 64, 4, 3), 128: Attention(64, 64, 4, 3), 256: Attention(64, 32, 4, 2)},
+    "sm_89": {64: Attention(128, 64, 4, 2), 128: Attention(64, 64, 4, 2), 256: Attention(64, 32, 4, 1)},
+    "sm_90": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 2, True),
+              256: Attention(128, 64, 8, 2, True)},
+    "sm_100": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 2, True),
+               256: Attention(128, 64, 8, 2, True)},
+    "gfx942": {64: Attention(128, 64, 4, 1), 128: Attention(128, 64, 4, 1), 256: Attention(64, 32, 4, 1)},
+}  # fmt: skip
+# Where descriptors cannot address the keys (a stride or a start that is no multiple of 16 bytes).
+PREFILL_PLAIN: dict[str, dict[int, Attention]] = {
+    "sm_90": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 64, 4, 2)},
+    "sm_100": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 64, 4, 2)},
+}
+PREFILL_FLOAT32 = {64: Attention(32, 32, 4, 1), 128: Attention(32, 32, 8, 1), 256: Attention(16, 32, 8, 1)}
+# One new token: the heads of a group are the rows, of which a matrix unit wants 16 at least.
+DECODE: dict[str, dict[int, Attention]] = {
+    name: {64: Attention(16, 64, 4, stages), 128: Attention(16, 64, 4, stages), 256: Attention(16, 32, 4, stages)}
+    for name, stages in (("sm_80", 3), ("sm_89", 2), ("sm_90", 3), ("sm_100", 3), ("gfx942", 1))
+}
+DECODE_FLOAT32 = {64: Attention(16, 32, 4, 1), 128: Attention(16, 32, 4, 1), 256: Attention(16, 16, 4, 1)}
+INTERPRETED = Attention(16, 16, 4, 1)  # small, so that small tests cross their borders
+SPLITS = 32  # a long cache is read in at most so many pieces, which fill the GPU at batch 1
+CROSS_ENTROPY = Block(4096, 8)
+LOGITS_AT_ONCE = 2**27  # linear_cross_entropy holds this many logits, and no more
+
+
+def head_class(head_dim: int) -> int:
+    for size in HEAD_DIMS:
+        if head_dim <= size:
+            return size
+    raise ValueError(f"heads of up to {HEAD_DIMS[-1]} numbers, got {head_dim}")
+
+
+def prefill(family: str, head_dim: int, dtype: torch.dtype, tma: bool) -> Attention:
+    """The tile of flash_attention; `tma` says whether descriptors can address these keys."""
+    if family == "interpreter":
+        return INTERPRETED
+    size = head_class(head_dim)
+    if dtype == torch.float32:
+        return PREFILL_FLOAT32[size]
+    tile = PREFILL[family][size]
+    return tile if tma or not tile.tma else PREFILL_PLAIN[family][size]
+
+
+def decode(family: str, head_dim: int, dtype: torch.dtype) -> Attention:
+    """The tile of decode_attention."""
+    if family == "interpreter":
+        return INTERPRETED
+    size = head_class(head_dim)
+    return DECODE_FLOAT32[size] if dtype == torch.float32 else DECODE[family][size]
