@@ -44,6 +44,7 @@ from .norm import add_rms_norm, rms_norm
 from .rope import (
     apply_rope,
     apply_rope_interleaved,
+    apply_rope_to_cache,
     deinterleave,
     interleave,
     rope_frequencies,
@@ -62,6 +63,7 @@ __all__ = [
     "apply_rope",
     "apply_rope_backward",
     "apply_rope_interleaved",
+    "apply_rope_to_cache",
     "attention",
     "attention_backward",
     "attention_weights",

@@ -11,7 +11,7 @@ the last three tokens as queries:
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 
 def causal_visibility(
@@ -79,13 +79,29 @@ def attention(
 
 def decode_attention(
     q: Float[np.ndarray, "B H 1 D"],
-    k_cache: Float[np.ndarray, "B K S D"],
-    v_cache: Float[np.ndarray, "B K S D"],
-    lengths: Int[np.ndarray, "B"],
+    k_cache: Float[np.ndarray, "B_or_pages K S_or_page D"],
+    v_cache: Float[np.ndarray, "B_or_pages K S_or_page D"],
+    lengths: Int[np.ndarray, "B"] | None,
+    mask: Shaped[np.ndarray, "B S"] | None = None,
+    block_table: Int[np.ndarray, "B n"] | None = None,
 ) -> Float[np.ndarray, "B H 1 D"]:
-    """One new token per row against a cache of which row b has filled the first `lengths[b]` places.
+    """One new token per row against a cache of which row b has filled the first `lengths[b]` places (None: all).
+
+    Args:
+        mask: a place of 0 is padding and not seen.
+        block_table: the caches are pages (pages, K, page size, D), handed out in any order: row b's places are those of
+            the pages block_table[b, 0], block_table[b, 1] ... (Kwon et al. 2023, §4.1)
 
     The model here has no need of it; a kernel for this one shape has.
     """
-    visible = np.arange(k_cache.shape[2]) < lengths[:, None, None]  # (B, 1, S)
+    if block_table is not None:  # (B, n, K, page, D) -> (B, K, n · page, D)
+        k_cache, v_cache = (
+            pages[block_table].swapaxes(1, 2).reshape(len(q), pages.shape[1], -1, pages.shape[3])
+            for pages in (k_cache, v_cache)
+        )
+    S = k_cache.shape[2]
+    lengths = np.full(len(q), S) if lengths is None else lengths
+    visible = np.arange(S) < lengths[:, None, None]  # (B, 1, S)
+    if mask is not None:
+        visible = visible & (mask[:, None] != 0)
     return attention(q, k_cache, v_cache, visible)

@@ -13,6 +13,8 @@ def flash_attention(
     lengths: Int[np.ndarray, "B"] | None = None,
     offset: int | None = None,
     return_lse: bool = False,
+    first_keys: Int[np.ndarray, "B T"] | None = None,
+    cu_seqlens: Int[np.ndarray, "borders"] | None = None,
     block_q: int = 64,
     block_k: int = 64,
 ) -> Float[np.ndarray, "B H T D"] | tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B H T"]]:
@@ -33,6 +35,9 @@ def flash_attention(
         offset: the place of query 0 among the keys (default S - T: the queries are the last T tokens).
         return_lse: also return m + ln l, the log of each query's sum of exponentials (-∞ where it sees nothing),
             with which outputs over different keys can be combined and the backward pass finds its softmax again.
+        first_keys: query t sees no key before first_keys[b, t]: several texts in one row stay apart.
+        cu_seqlens: the same by the borders of the texts, from 0 to T, alike in every row ("cumulative sequence
+            lengths").
         block_q, block_k: queries and keys held at a time; they change the speed and nothing else.
     """
     B, H, T, D = q.shape
@@ -41,6 +46,10 @@ def flash_attention(
     starts = np.zeros(B, int) if starts is None else starts
     lengths = np.full(B, S) if lengths is None else lengths
     offset = S - T if offset is None else offset
+    if cu_seqlens is not None:
+        first_keys = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))[None].repeat(B, axis=0)
+    if first_keys is None:
+        first_keys = np.zeros((B, T), int)
     out = np.zeros_like(q)
     lse = np.full((B, H, T), -np.inf, q.dtype)
 
@@ -49,16 +58,18 @@ def flash_attention(
             for t0 in range(0, T, block_q):
                 t1 = min(t0 + block_q, T)
                 place = offset + np.arange(t0, t1)[:, None]  # (block_q, 1)
+                low = first_keys[b, t0:t1, None]  # (block_q, 1)
                 m = np.full((t1 - t0, 1), -np.inf, q.dtype)
                 l = np.zeros((t1 - t0, 1), q.dtype)  # noqa: E741  (the paper's letter)
                 acc = np.zeros((t1 - t0, D), q.dtype)
-                first = int(starts[b])
+                first = max(int(starts[b]), int(low.min()))
                 last = min(int(lengths[b]), offset + t1) if causal else int(lengths[b])  # later keys: seen by none
                 for s0 in range(first, last, block_k):
                     s1 = min(s0 + block_k, last)
                     scores = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T  # a group's heads share their key
-                    if causal:
-                        scores = np.where(np.arange(s0, s1) <= place, scores, -np.inf)
+                    key = np.arange(s0, s1)
+                    seen = (key >= low) & (key <= place) if causal else key >= low
+                    scores = np.where(seen, scores, -np.inf)
                     m_new = np.maximum(m, scores.max(axis=1, keepdims=True))
                     shift = np.where(np.isneginf(m_new), 0, m_new)  # nothing seen yet: -∞ - (-∞) would be NaN
                     p, rescale = np.exp(scores - shift), np.exp(m - shift)

@@ -130,6 +130,28 @@ def apply_rope(
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
+def apply_rope_to_cache(
+    q: Float[np.ndarray, "B H T D"],
+    k: Float[np.ndarray, "B K T D"],
+    v: Float[np.ndarray, "B K T D"],
+    cos: Float[np.ndarray, "#B T D"],
+    sin: Float[np.ndarray, "#B T D"],
+    k_cache: Float[np.ndarray, "B K S D"],
+    v_cache: Float[np.ndarray, "B K S D"],
+    positions: Int[np.ndarray, "B T"],
+) -> Float[np.ndarray, "B H T D"]:
+    """`apply_rope`, with turned keys and values written into caches at `positions`; gives the turned queries.
+
+    Places outside of the cache are not kept. The model here has no need of it; a kernel saves a pass over memory.
+    """
+    q, k = apply_rope(q, k, cos, sin)
+    rows, tokens = np.nonzero((positions >= 0) & (positions < k_cache.shape[2]))
+    places = positions[rows, tokens]
+    k_cache[rows, :, places] = k[rows, :, tokens]
+    v_cache[rows, :, places] = v[rows, :, tokens]
+    return q
+
+
 def apply_rope_interleaved(
     q: Float[np.ndarray, "B H T D"],
     k: Float[np.ndarray, "B K T D"],

@@ -1,5 +1,9 @@
 import os
+import sys
 
+GPU = "--gpu" in sys.argv  # kernels run on the GPU; otherwise in Triton's interpreter, which is told before any import
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get in each other's way
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle reads local files only
@@ -25,6 +29,16 @@ settings.register_profile("default", deadline=None, derandomize=True, print_blob
 settings.load_profile("default")
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()  # it remarks on every drawn configuration
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the kernels natively, on the GPU of this machine")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "needs_gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --gpu"))
 
 
 @pytest.fixture(scope="session")
