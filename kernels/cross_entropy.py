@@ -22,13 +22,13 @@ def _cross_entropy_kernel(
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
     start = logits_ptr + (row // inner) * outer_stride + (row % inner) * inner_stride
-    m, l = float("-inf"), 0.0  # noqa: E741
+    m, l = float("-inf"), 0.0
     for first in range(0, tl.where(counted, V, 0), BLOCK):
         col = first + tl.arange(0, BLOCK)
         x = tl.load(start + tl.cast(col, tl.int64) * stride, mask=col < V, other=float("-inf")).to(tl.float32)
         new_m = tl.maximum(m, tl.max(x, 0))
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-        l = l * tl.exp(m - shift) + tl.sum(tl.exp(x - shift), 0)  # noqa: E741
+        l = l * tl.exp(m - shift) + tl.sum(tl.exp(x - shift), 0)
         m = new_m
     known = counted & (label >= 0) & (label < V)
     picked = tl.load(start + label.to(tl.int64) * stride, mask=known, other=0.0).to(tl.float32)

@@ -40,7 +40,7 @@ def _piece_kernel(
         k_head += b * kb
         v_head += b * vb
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)  # noqa: E741
+    l = tl.zeros((ROWS,), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         key = start + col
@@ -59,7 +59,7 @@ def _piece_kernel(
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing seen yet: -∞ - (-∞) would be NaN
         p = tl.exp2(scores * scale - shift[:, None])
         shrink = tl.exp2(m - shift)
-        l = l * shrink + tl.sum(p, 1)  # noqa: E741
+        l = l * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         m = new_m
     acc = acc * tl.where(l > 0, 1.0 / l, 0.0)[:, None]
@@ -86,7 +86,7 @@ def _join_kernel(
     tl.store(row + dim * od, out.to(out_ptr.dtype.element_ty), mask=dim < D)
 
 
-def _fake(q, k_cache, v_cache, lengths, mask, block_table):  # type: ignore[no-untyped-def]
+def _fake(q, k_cache, v_cache, lengths, mask, block_table):
     B, H, _, D = q.shape
     return torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)  # heads join without a copy
 

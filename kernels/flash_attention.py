@@ -23,9 +23,9 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _scan(
-    acc, l, m, q, first, last, k_ptr, v_ptr, ks, kd, vs, vd, b, head, place, low, length, scale,  # noqa: E741
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    acc, l, m, q, first, last, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms, b, head, place, low, length, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [first, last), a block at a time: m the largest score so far, l the sum of exponentials, acc of values."""
     col = tl.arange(0, BLOCK_K)
@@ -33,6 +33,8 @@ def _scan(
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         key = start + col
         here = key < length
+        if MASKED and HOLES:
+            here = here & (tl.load(mask_ptr + tl.cast(key, tl.int64) * ms, mask=here, other=0) != 0)
         if TMA:
             k = tl.trans(k_ptr.load([b, head, start, 0]).reshape(BLOCK_K, BLOCK_D))
         else:
@@ -57,7 +59,7 @@ def _scan(
             shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing seen yet: -∞ - (-∞) would be NaN
         p = tl.exp2(scores * scale - shift[:, None])
         shrink = tl.exp2(m - shift)
-        l = l * shrink + tl.sum(p, 1)  # noqa: E741
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         if TMA:
             v = v_ptr.load([b, head, start, 0]).reshape(BLOCK_K, BLOCK_D)
@@ -78,11 +80,11 @@ def _scan(
 
 @triton.jit
 def _flash_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, first_keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, first_keys_ptr, mask_ptr,
     H, T, S, offset, scale,
-    qb, qh, qt, qd, kb, kh, ks, kd, vb, vh, vs, vd, ob, oh, ot, od, fb, ft,
+    qb, qh, qt, qd, kb, kh, ks, kd, vb, vh, vs, vd, ob, oh, ot, od, fb, ft, mb, ms,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, STARTS: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
-    LSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HOLES: tl.constexpr, LSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -113,6 +115,15 @@ def _flash_attention_kernel(
     if CAUSAL:
         end = tl.minimum(length, tl.minimum(t0 + BLOCK_Q, T) + offset)
         plain_to = tl.minimum(length, t0 + offset + 1)  # up to here all of the block's queries look
+    if HOLES:
+        mask_ptr += b64 * mb
+        seen = tl.zeros((1024,), tl.int32)
+        for start in tl.range(begin, length, 1024):
+            key = start + tl.arange(0, 1024)
+            one = tl.load(mask_ptr + tl.cast(key, tl.int64) * ms, mask=key < length, other=0) != 0
+            seen += one.to(tl.int32)
+        if tl.sum(seen, 0) < length - begin:  # padding in between, which is rare: no block goes without a mask
+            plain_to = plain_from
     plain_from = tl.minimum(plain_from, tl.maximum(end, begin))
     plain_to = plain_from + tl.maximum(plain_to - plain_from, 0) // BLOCK_K * BLOCK_K
 
@@ -121,15 +132,18 @@ def _flash_attention_kernel(
         k_ptr += b64 * kb + head * kh
         v_ptr += b64 * vb + head * vh
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_Q,), tl.float32)  # noqa: E741  (the paper's letter)
+    l = tl.zeros((BLOCK_Q,), tl.float32)
     m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     if PACKED:
-        acc, l, m = _scan(acc, l, m, q, begin, plain_from, k_ptr, v_ptr, ks, kd, vs, vd, b, h // GROUP, place, low,
-                          length, scale, True, CAUSAL, True, TMA, PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # noqa: E741  # fmt: skip
-    acc, l, m = _scan(acc, l, m, q, plain_from, plain_to, k_ptr, v_ptr, ks, kd, vs, vd, b, h // GROUP, place, low,
-                      length, scale, False, CAUSAL, PACKED, TMA, PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # noqa: E741  # fmt: skip
-    acc, l, m = _scan(acc, l, m, q, plain_to, end, k_ptr, v_ptr, ks, kd, vs, vd, b, h // GROUP, place, low,
-                      length, scale, True, CAUSAL, PACKED, TMA, PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # noqa: E741  # fmt: skip
+        acc, l, m = _scan(acc, l, m, q, begin, plain_from, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms,
+                          b, h // GROUP, place, low, length, scale, True, CAUSAL, True, HOLES, TMA,
+                          PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
+    acc, l, m = _scan(acc, l, m, q, plain_from, plain_to, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms,
+                      b, h // GROUP, place, low, length, scale, False, CAUSAL, PACKED, HOLES, TMA,
+                      PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
+    acc, l, m = _scan(acc, l, m, q, plain_to, end, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms,
+                      b, h // GROUP, place, low, length, scale, True, CAUSAL, PACKED, HOLES, TMA,
+                      PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
 
     acc = acc * tl.where(l > 0, 1.0 / l, 0.0)[:, None]  # a query that sees nothing gives zeros
     out_row = out_ptr + b64 * ob + h64 * oh + tl.cast(t, tl.int64)[:, None] * ot
@@ -144,13 +158,13 @@ def _outputs(q: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Ten
     return out, torch.empty((B, H, T) if return_lse else (0,), dtype=torch.float32, device=q.device)
 
 
-def _fake(q, k, v, causal, starts, lengths, first_keys, offset, return_lse):  # type: ignore[no-untyped-def]
+def _fake(q, k, v, causal, starts, lengths, first_keys, mask, offset, return_lse):
     return _outputs(q, return_lse)
 
 
 @launch.operator(
     "flash_attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? starts, Tensor? lengths, Tensor? first_keys,"
-    " int offset, bool return_lse) -> (Tensor, Tensor)",
+    " Tensor? mask, int offset, bool return_lse) -> (Tensor, Tensor)",
     _fake,
 )
 def _flash_attention(
@@ -161,6 +175,7 @@ def _flash_attention(
     starts: torch.Tensor | None,
     lengths: torch.Tensor | None,
     first_keys: torch.Tensor | None,
+    mask: torch.Tensor | None,
     offset: int,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,11 +190,12 @@ def _flash_attention(
     if tile.tma:
         keys, values = (TensorDescriptor(x, [*x.shape], _strides(x), [1, 1, tile.block_k, block_d]) for x in (k, v))
     _flash_attention_kernel[(B * H, triton.cdiv(T, block_q))](
-        q, keys, values, out, lse, starts, lengths, first_keys,
+        q, keys, values, out, lse, starts, lengths, first_keys, mask,
         H, T, k.shape[2], offset, D**-0.5 * LOG2_E.value,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride(), *(first_keys.stride() if first_keys is not None else (0, 0)),
+        *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+        *((0, 0) if first_keys is None else first_keys.stride()), *((0, 0) if mask is None else mask.stride()),
         GROUP=H // k.shape[1], CAUSAL=causal, STARTS=starts is not None, LENGTHS=lengths is not None,
-        PACKED=first_keys is not None, LSE=return_lse, TMA=tile.tma, PRECISION="ieee",
+        PACKED=first_keys is not None, HOLES=mask is not None, LSE=return_lse, TMA=tile.tma, PRECISION="ieee",
         D=D, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=tile.block_k, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -209,6 +225,7 @@ def flash_attention(
     return_lse: bool = False,
     first_keys: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Grouped-query attention: each key/value head serves H / K query heads.
 
@@ -222,6 +239,8 @@ def flash_attention(
         first_keys: (B, T) integers; query t sees no key before first_keys[b, t]. So packed texts stay apart.
         cu_seqlens: (n + 1,) integers from 0 to T, the borders of n texts packed into every row; another way to say
             first_keys.
+        mask: (B, S) bool or integers; a key of 0 is padding and not seen. With holes in between it costs a little;
+            where `starts` and `lengths` say the same, next to nothing.
 
     Returns:
         (B, H, T, D) in q's dtype, as (B, T, H, D) in memory. A query that sees nothing gives zeros.
@@ -229,7 +248,7 @@ def flash_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a device that Triton does not reach.
     """
-    launch.check("flash_attention", q, k, v, starts, lengths, first_keys, cu_seqlens)
+    launch.check("flash_attention", q, k, v, starts, lengths, first_keys, cu_seqlens, mask)
     check_heads("flash_attention", q, k, v)
     B, _, T, _ = q.shape
     if cu_seqlens is not None:
@@ -241,12 +260,13 @@ def flash_attention(
         ("starts", starts, (B,)),
         ("lengths", lengths, (B,)),
         ("first_keys", first_keys, (B, T)),
+        ("mask", mask, (B, k.shape[2])),
     ):
         if table is not None and (table.shape != shape or table.is_floating_point()):
             raise ValueError(f"flash_attention: {name} must be {shape} integers, got {tuple(table.shape)}")
     offset = k.shape[2] - T if offset is None else offset
     starts, lengths = (None if table is None else table.contiguous() for table in (starts, lengths))
-    out, lse = _flash_attention(q, k, v, causal, starts, lengths, first_keys, offset, return_lse)
+    out, lse = _flash_attention(q, k, v, causal, starts, lengths, first_keys, mask, offset, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -260,6 +280,8 @@ def check_heads(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[-1] != k.shape[-1] or not 1 <= q.shape[-1] <= tiles.HEAD_DIMS[-1]:
-        raise ValueError(f"{name}: heads of one length up to {tiles.HEAD_DIMS[-1]}, got {q.shape[-1]} and {k.shape[-1]}")
+        raise ValueError(
+            f"{name}: heads of one length up to {tiles.HEAD_DIMS[-1]}, got {q.shape[-1]} and {k.shape[-1]}"
+        )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{name}: {q.shape[1]} query heads do not divide among {k.shape[1]} key/value heads")

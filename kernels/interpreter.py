@@ -89,7 +89,8 @@ def _divide_in_silence(it: Any) -> None:
 
 
 def _patch_the_language_once(it: Any) -> None:
-    patch, done = it._patch_lang, []
+    patch = it._patch_lang
+    done: list[Any] = []
     everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
     class Kept:

@@ -65,7 +65,7 @@ def _rope_kernel(
             tl.store(out, v.to(v_out_ptr.dtype.element_ty), mask=mask & stored)
 
 
-def _run(q, k, v, cos, sin, places, q_out, k_out, v_out) -> None:  # type: ignore[no-untyped-def]
+def _run(q, k, v, cos, sin, places, q_out, k_out, v_out) -> None:
     B, H, T, D = q.shape
     if not (B and T):
         return
@@ -104,7 +104,7 @@ def _apply_rope_in_place(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, si
     _run(q, k, k, cos, sin, None, q, k, k)
 
 
-def _fake_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _fake_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tensor:
     return _fake_apply(q, k, cos, sin)[0]
 
 
@@ -113,7 +113,7 @@ def _fake_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tens
     " Tensor positions) -> Tensor",
     _fake_to_cache,
 )
-def _apply_rope_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _apply_rope_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tensor:
     q_out = _fake_apply(q, k, cos, sin)[0]
     _run(q, k, v, cos, sin, positions, q_out, k_cache, v_cache)
     return q_out

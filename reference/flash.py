@@ -1,7 +1,7 @@
 """Flash attention: the same attention, without ever holding a row of scores. The bridge to the kernel."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 
 def flash_attention(
@@ -15,6 +15,7 @@ def flash_attention(
     return_lse: bool = False,
     first_keys: Int[np.ndarray, "B T"] | None = None,
     cu_seqlens: Int[np.ndarray, "borders"] | None = None,
+    mask: Shaped[np.ndarray, "B S"] | None = None,
     block_q: int = 64,
     block_k: int = 64,
 ) -> Float[np.ndarray, "B H T D"] | tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B H T"]]:
@@ -38,6 +39,7 @@ def flash_attention(
         first_keys: query t sees no key before first_keys[b, t]: several texts in one row stay apart.
         cu_seqlens: the same by the borders of the texts, from 0 to T, alike in every row ("cumulative sequence
             lengths").
+        mask: a key of 0 is padding and not seen.
         block_q, block_k: queries and keys held at a time; they change the speed and nothing else.
     """
     B, H, T, D = q.shape
@@ -69,6 +71,8 @@ def flash_attention(
                     scores = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T  # a group's heads share their key
                     key = np.arange(s0, s1)
                     seen = (key >= low) & (key <= place) if causal else key >= low
+                    if mask is not None:
+                        seen = seen & (mask[b, s0:s1] != 0)
                     scores = np.where(seen, scores, -np.inf)
                     m_new = np.maximum(m, scores.max(axis=1, keepdims=True))
                     shift = np.where(np.isneginf(m_new), 0, m_new)  # nothing seen yet: -∞ - (-∞) would be NaN
