@@ -18,10 +18,11 @@ from . import launch, tiles
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, inner, outer_stride, inner_stride, stride, V, ignore_index, BLOCK: tl.constexpr
 ):
-    row = tl.cast(tl.program_id(0), tl.int64)
+    row = tl.program_id(0)  # 32 bits divide in far fewer instructions than 64
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
-    start = logits_ptr + (row // inner) * outer_stride + (row % inner) * inner_stride
+    outer, place = tl.cast(row // inner, tl.int64), tl.cast(row % inner, tl.int64)
+    start = logits_ptr + outer * outer_stride + place * inner_stride
     m, l = float("-inf"), 0.0
     for first in range(0, tl.where(counted, V, 0), BLOCK):
         col = first + tl.arange(0, BLOCK)
@@ -69,7 +70,7 @@ def _linear_token_losses(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
     losses = _fake(hidden, labels, ignore_index)
-    rows, flat, places = hidden.reshape(-1, hidden.shape[-1]), losses.view(-1), labels.reshape(-1)
+    rows, flat, places = hidden.reshape(-1, hidden.shape[-1]), losses.view(-1), labels.reshape(-1).contiguous()
     at_once = max(1, tiles.LOGITS_AT_ONCE // len(weight))
     for first in range(0, len(rows), at_once):
         piece = slice(first, first + at_once)
@@ -77,11 +78,14 @@ def _linear_token_losses(
     return losses
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> torch.Tensor:
     """The mean of -log p(label) over all labels but `ignore_index`, in float32; NaN when there is none.
 
     Args:
         logits: (..., V), any strides. labels: (...) integers.
+        reduction: "mean", or "sum", which is 0 when there is none.
 
     Returns:
         A scalar. NaN also where a label lies outside the vocabulary: to raise, the GPU would have to be waited for.
@@ -91,11 +95,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int 
     """
     launch.check("cross_entropy", logits, labels)
     _check("cross_entropy", "logits", logits, labels)
-    return _mean(_token_losses(logits, labels, ignore_index), labels, ignore_index)
+    return _reduced(_token_losses(logits, labels, ignore_index), labels, ignore_index, reduction)
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
     """`cross_entropy` of the logits hidden · weightᵀ, of which only a piece exists at a time.
 
@@ -109,11 +113,14 @@ def linear_cross_entropy(
             f"linear_cross_entropy: weight must be (V, {hidden.shape[-1]}) of {hidden.dtype}, "
             f"got {tuple(weight.shape)} of {weight.dtype}"
         )
-    return _mean(_linear_token_losses(hidden, weight, labels, ignore_index), labels, ignore_index)
+    return _reduced(_linear_token_losses(hidden, weight, labels, ignore_index), labels, ignore_index, reduction)
 
 
-def _mean(losses: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    return losses.sum() / (labels != ignore_index).sum()
+def _reduced(losses: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    total = losses.sum()
+    return total / (labels != ignore_index).sum() if reduction == "mean" else total
 
 
 def _check(name: str, label: str, x: torch.Tensor, labels: torch.Tensor) -> None:

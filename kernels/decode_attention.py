@@ -22,8 +22,11 @@ def _piece_kernel(
     K, S, piece, pieces, scale,
     qb, qh, qd, kb, kh, ks, kd, vb, vh, vs, vd, mb, ms, tb, tp,
     GROUP: tl.constexpr, ROWS: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr, PAGE: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    kb, kh, ks = kb // ALIGN * ALIGN, kh // ALIGN * ALIGN, ks // ALIGN * ALIGN  # as in flash_attention
+    vb, vh, vs = vb // ALIGN * ALIGN, vh // ALIGN * ALIGN, vs // ALIGN * ALIGN
     pid = tl.program_id(0)
     index, head, b = pid % pieces, tl.cast(pid // pieces % K, tl.int64), tl.cast(pid // (pieces * K), tl.int64)
     length = S
@@ -73,17 +76,17 @@ def _join_kernel(
     pieces_ptr, lse_ptr, out_ptr, H, ob, oh, od, pieces,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.cast(tl.program_id(0), tl.int64)
+    pid = tl.program_id(0)
+    b, h, row = tl.cast(pid // H, tl.int64), tl.cast(pid % H, tl.int64), tl.cast(pid, tl.int64)
     index, dim = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + pid * pieces + index, mask=index < pieces, other=float("-inf"))
+    lse = tl.load(lse_ptr + row * pieces + index, mask=index < pieces, other=float("-inf"))
     top = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, 0)
     mask = (index < pieces)[:, None] & (dim < D)[None, :]
-    parts = tl.load(pieces_ptr + (pid * pieces + index)[:, None] * D + dim[None, :], mask=mask, other=0.0)
+    parts = tl.load(pieces_ptr + (row * pieces + index)[:, None] * D + dim[None, :], mask=mask, other=0.0)
     out = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    row = out_ptr + pid // H * ob + pid % H * oh
-    tl.store(row + dim * od, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+    tl.store(out_ptr + b * ob + h * oh + dim * od, out.to(out_ptr.dtype.element_ty), mask=dim < D)
 
 
 def _fake(q, k_cache, v_cache, lengths, mask, block_table):
@@ -124,7 +127,7 @@ def _decode_attention(
         *(nothing if mask is None else mask.stride()), *(nothing if block_table is None else block_table.stride()),
         GROUP=H // K, ROWS=max(tile.block_q, triton.next_power_of_2(H // K)), LENGTHS=lengths is not None,
         MASK=mask is not None, PAGE=0 if block_table is None else page, PRECISION="ieee",
-        D=D, BLOCK_D=block_d, BLOCK_K=tile.block_k, STAGES=tile.stages,
+        ALIGN=launch.common_power(k_cache, v_cache), D=D, BLOCK_D=block_d, BLOCK_K=tile.block_k, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     _join_kernel[(B * H,)](

@@ -23,7 +23,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _scan(
-    acc, l, m, q, first, last, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms, b, head, place, low, length, scale,
+    acc, l, m, q, first, last, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms, b, head, place, low, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -32,9 +32,7 @@ def _scan(
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         key = start + col
-        here = key < length
-        if MASKED and HOLES:
-            here = here & (tl.load(mask_ptr + tl.cast(key, tl.int64) * ms, mask=here, other=0) != 0)
+        here = key < last  # what lies beyond counts for nothing and may be anything
         if TMA:
             k = tl.trans(k_ptr.load([b, head, start, 0]).reshape(BLOCK_K, BLOCK_D))
         else:
@@ -48,6 +46,9 @@ def _scan(
         scores = tl.dot(q, k, input_precision=PRECISION)
         if MASKED:
             seen = here[None, :]
+            if HOLES:
+                holes = tl.load(mask_ptr + tl.cast(start, tl.int64) * ms + col * ms, mask=here, other=0) == 0
+                seen = seen & ~holes[None, :]
             if CAUSAL:
                 seen = seen & (key[None, :] <= place[:, None])
             if PACKED:
@@ -84,7 +85,7 @@ def _flash_attention_kernel(
     H, T, S, offset, scale,
     qb, qh, qt, qd, kb, kh, ks, kd, vb, vh, vs, vd, ob, oh, ot, od, fb, ft, mb, ms,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, STARTS: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
-    HOLES: tl.constexpr, LSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HOLES: tl.constexpr, LSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -92,9 +93,11 @@ def _flash_attention_kernel(
     t = t0 + tl.arange(0, BLOCK_Q)
     dim = tl.arange(0, BLOCK_D)
     inside = t < T
+    # Nothing changes but what the compiler knows: of strides it sees by itself whether 16 divides them, not 4 or 8.
+    qb, qh, qt = qb // ALIGN * ALIGN, qh // ALIGN * ALIGN, qt // ALIGN * ALIGN
+    kb, kh, ks = kb // ALIGN * ALIGN, kh // ALIGN * ALIGN, ks // ALIGN * ALIGN
+    vb, vh, vs = vb // ALIGN * ALIGN, vh // ALIGN * ALIGN, vs // ALIGN * ALIGN
     b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    q_row = q_ptr + b64 * qb + h64 * qh + tl.cast(t, tl.int64)[:, None] * qt
-    q = tl.load(q_row + dim[None, :] * qd, mask=inside[:, None] & (dim < D)[None, :], other=0.0)
 
     begin = 0
     if STARTS:
@@ -115,6 +118,7 @@ def _flash_attention_kernel(
     if CAUSAL:
         end = tl.minimum(length, tl.minimum(t0 + BLOCK_Q, T) + offset)
         plain_to = tl.minimum(length, t0 + offset + 1)  # up to here all of the block's queries look
+    plain_from = tl.minimum(plain_from, tl.maximum(end, begin))
     if HOLES:
         mask_ptr += b64 * mb
         seen = tl.zeros((1024,), tl.int32)
@@ -124,9 +128,10 @@ def _flash_attention_kernel(
             seen += one.to(tl.int32)
         if tl.sum(seen, 0) < length - begin:  # padding in between, which is rare: no block goes without a mask
             plain_to = plain_from
-    plain_from = tl.minimum(plain_from, tl.maximum(end, begin))
     plain_to = plain_from + tl.maximum(plain_to - plain_from, 0) // BLOCK_K * BLOCK_K
 
+    q_row = q_ptr + b64 * qb + h64 * qh + tl.cast(t, tl.int64)[:, None] * qt
+    q = tl.load(q_row + dim[None, :] * qd, mask=inside[:, None] & (dim < D)[None, :], other=0.0)
     if not TMA:
         head = h64 // GROUP
         k_ptr += b64 * kb + head * kh
@@ -136,13 +141,13 @@ def _flash_attention_kernel(
     m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     if PACKED:
         acc, l, m = _scan(acc, l, m, q, begin, plain_from, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms,
-                          b, h // GROUP, place, low, length, scale, True, CAUSAL, True, HOLES, TMA,
+                          b, h // GROUP, place, low, scale, True, CAUSAL, True, HOLES, TMA,
                           PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
     acc, l, m = _scan(acc, l, m, q, plain_from, plain_to, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms,
-                      b, h // GROUP, place, low, length, scale, False, CAUSAL, PACKED, HOLES, TMA,
+                      b, h // GROUP, place, low, scale, False, CAUSAL, PACKED, HOLES, TMA,
                       PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
     acc, l, m = _scan(acc, l, m, q, plain_to, end, k_ptr, v_ptr, mask_ptr, ks, kd, vs, vd, ms,
-                      b, h // GROUP, place, low, length, scale, True, CAUSAL, PACKED, HOLES, TMA,
+                      b, h // GROUP, place, low, scale, True, CAUSAL, PACKED, HOLES, TMA,
                       PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
 
     acc = acc * tl.where(l > 0, 1.0 / l, 0.0)[:, None]  # a query that sees nothing gives zeros
@@ -184,19 +189,19 @@ def _flash_attention(
     if not (B and H and T):
         return out, lse
     block_d = max(16, triton.next_power_of_2(D))
-    tile = tiles.prefill(launch.family(q.device), D, q.dtype, _has_descriptors(k) and _has_descriptors(v))
-    block_q = min(tile.block_q, max(16, triton.next_power_of_2(T)))
+    tile = tiles.prefill(launch.family(q.device), D, q.dtype, T, _has_descriptors(k) and _has_descriptors(v))
     keys, values = k, v
     if tile.tma:
         keys, values = (TensorDescriptor(x, [*x.shape], _strides(x), [1, 1, tile.block_k, block_d]) for x in (k, v))
-    _flash_attention_kernel[(B * H, triton.cdiv(T, block_q))](
+    _flash_attention_kernel[(B * H, triton.cdiv(T, tile.block_q))](
         q, keys, values, out, lse, starts, lengths, first_keys, mask,
         H, T, k.shape[2], offset, D**-0.5 * LOG2_E.value,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         *((0, 0) if first_keys is None else first_keys.stride()), *((0, 0) if mask is None else mask.stride()),
         GROUP=H // k.shape[1], CAUSAL=causal, STARTS=starts is not None, LENGTHS=lengths is not None,
         PACKED=first_keys is not None, HOLES=mask is not None, LSE=return_lse, TMA=tile.tma, PRECISION="ieee",
-        D=D, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=tile.block_k, STAGES=tile.stages,
+        ALIGN=launch.common_power(q, k, v),
+        D=D, BLOCK_D=block_d, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
@@ -251,10 +256,12 @@ def flash_attention(
     launch.check("flash_attention", q, k, v, starts, lengths, first_keys, cu_seqlens, mask)
     check_heads("flash_attention", q, k, v)
     B, _, T, _ = q.shape
+    if len(k) != B:
+        raise ValueError(f"flash_attention: {B} rows of queries and {len(k)} of keys")
     if cu_seqlens is not None:
         if first_keys is not None:
             raise ValueError("flash_attention: cu_seqlens and first_keys say the same thing; give one of them")
-        token = torch.arange(T, dtype=cu_seqlens.dtype, device=q.device)
+        cu_seqlens, token = cu_seqlens.contiguous(), torch.arange(T, dtype=cu_seqlens.dtype, device=q.device)
         first_keys = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1].expand(B, T)
     for name, table, shape in (
         ("starts", starts, (B,)),

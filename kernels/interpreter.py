@@ -7,6 +7,7 @@ patches `triton.language` anew, which takes half of its time.
 """
 
 import types
+import warnings
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,12 @@ def _count_with_tensors(it: Any) -> None:
 
 
 def _divide_in_silence(it: Any) -> None:
-    """1 / 0, log 0 and overflows are as silent as on a GPU; masked lanes are full of them."""
+    """1 / 0, log 0, overflows and rows of NaN are as silent as on a GPU; masked lanes are full of them."""
     run = it.GridExecutor.__call__
 
     def mended(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
             return run(self, *args, **kwargs)
 
     it.GridExecutor.__call__ = mended

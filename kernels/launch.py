@@ -5,6 +5,7 @@ through it, and exposes one public function that checks arguments and speaks to 
 yet: whoever asks for gradients gets an error here, and the plain PyTorch path from `llama.ops`.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -85,6 +86,11 @@ def family_of(target: GPUTarget) -> str:
     if target.arch == 80:
         return "sm_80"
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_89")  # 8.6, 8.9, 12.x: 100 kB of shared memory
+
+
+def common_power(*tensors: torch.Tensor) -> int:
+    """The largest power of two, 16 at most, that divides every stride but those of the last axis."""
+    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

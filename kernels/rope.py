@@ -38,8 +38,8 @@ def _rope_kernel(
     qob, qoh, qot, qod, kob, koh, kot, kod, vob, voh, vot, vod, pb, pt,
     STORE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.cast(tl.program_id(0), tl.int64)
-    b, t = token // T, token % T
+    token = tl.program_id(0)  # 32 bits divide in far fewer instructions than 64
+    b, t = tl.cast(token // T, tl.int64), tl.cast(token % T, tl.int64)
     place = t  # where k and v go: beside where they came from, or into the cache
     stored = True
     if STORE:
@@ -138,7 +138,7 @@ def apply_rope(
         q, k = _apply_rope(q, k, cos, sin)
         return q, k
     for name, x in (("q", q), ("k", k)):
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        if x.numel() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"apply_rope: {name} is expanded, its elements share memory; not in place")
     _apply_rope_in_place(q, k, cos, sin)
     return q, k

@@ -61,9 +61,10 @@ def swiglu(width: int) -> Block:
 
 @cache
 def rope(heads: int, head_dim: int) -> Heads:
-    """At most 2048 pairs at a time."""
+    """At most 2048 pairs at a time, and eight a thread at least: loads of 16 bytes."""
     half = triton.next_power_of_2(head_dim // 2)
-    return Heads(min(triton.next_power_of_2(heads), max(1, 2048 // half)), 4)
+    at_once = min(triton.next_power_of_2(heads), max(1, 2048 // half))
+    return Heads(at_once, min(4, max(1, at_once * half // 256)))
 
 
 # Prefill, by family and head class: halves (float16, bfloat16), then float32, whose products are exact and take no
@@ -71,9 +72,9 @@ def rope(heads: int, head_dim: int) -> Heads:
 PREFILL: dict[str, dict[int, Attention]] = {
     "sm_80": {64: Attention(128, 64, 4, 3), 128: Attention(64, 64, 4, 3), 256: Attention(64, 32, 4, 2)},
     "sm_89": {64: Attention(128, 64, 4, 2), 128: Attention(64, 64, 4, 2), 256: Attention(64, 32, 4, 1)},
-    "sm_90": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 2, True),
+    "sm_90": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 3, True),
               256: Attention(128, 64, 8, 2, True)},
-    "sm_100": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 2, True),
+    "sm_100": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 3, True),
                256: Attention(128, 64, 8, 2, True)},
     "gfx942": {64: Attention(128, 64, 4, 1), 128: Attention(128, 64, 4, 1), 256: Attention(64, 32, 4, 1)},
 }  # fmt: skip
@@ -90,6 +91,7 @@ DECODE: dict[str, dict[int, Attention]] = {
 }
 DECODE_FLOAT32 = {64: Attention(16, 32, 4, 1), 128: Attention(16, 32, 4, 1), 256: Attention(16, 16, 4, 1)}
 INTERPRETED = Attention(16, 16, 4, 1)  # small, so that small tests cross their borders
+SHORT = 16  # so few new tokens are rows of a tile of decode_attention
 SPLITS = 32  # a long cache is read in at most so many pieces, which fill the GPU at batch 1
 CROSS_ENTROPY = Block(4096, 8)
 LOGITS_AT_ONCE = 2**27  # linear_cross_entropy holds this many logits, and no more
@@ -102,10 +104,10 @@ def head_class(head_dim: int) -> int:
     raise ValueError(f"heads of up to {HEAD_DIMS[-1]} numbers, got {head_dim}")
 
 
-def prefill(family: str, head_dim: int, dtype: torch.dtype, tma: bool) -> Attention:
+def prefill(family: str, head_dim: int, dtype: torch.dtype, tokens: int, tma: bool) -> Attention:
     """The tile of flash_attention; `tma` says whether descriptors can address these keys."""
-    if family == "interpreter":
-        return INTERPRETED
+    if family == "interpreter" or tokens <= SHORT:
+        return decode(family, head_dim, dtype)
     size = head_class(head_dim)
     if dtype == torch.float32:
         return PREFILL_FLOAT32[size]

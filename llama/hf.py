@@ -8,11 +8,11 @@ import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from . import modeling
+from . import modeling, ops
 from .config import LlamaConfig
 
 
-class LlamaPreTrainedModel(PreTrainedModel):
+class LlamaPreTrainedModel(ops.Computes, PreTrainedModel):
     """A `PreTrainedModel` around a model of ours, whose forward pass it takes over."""
 
     config_class = transformers.LlamaConfig
@@ -33,6 +33,8 @@ class LlamaPreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing_kwargs = model.gradient_checkpointing_kwargs
         self.gradient_checkpointing = False
         self.post_init()
+
+    set_backend = modeling.LlamaPreTrainedModel.set_backend
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers' rules; and RoPE's frequencies, which it takes for weights that were not in the file."""

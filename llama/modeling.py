@@ -30,7 +30,7 @@ from .outputs import (
 from .pretrained import LlamaPreTrainedModel
 
 
-class LlamaRMSNorm(nn.Module):
+class LlamaRMSNorm(ops.Computes, nn.Module):
     """RMSNorm with a learned gain; `ops.rms_norm` has the formula."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
@@ -39,7 +39,7 @@ class LlamaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon, self.backend)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -99,7 +99,7 @@ def _(position_ids: torch.Tensor, config: str) -> torch.Tensor:
     return position_ids.new_empty(json.loads(config)["head_dim"] // 2, dtype=torch.float32)
 
 
-class LlamaMLP(nn.Module):
+class LlamaMLP(ops.Computes, nn.Module):
     """down(act(gate(x)) · up(x)), SwiGLU where act is silu."""
 
     def __init__(self, config: LlamaConfig):
@@ -112,11 +112,11 @@ class LlamaMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = ops.linears((self.gate_proj, self.up_proj), x)
         is_silu = type(self.act_fn) is nn.SiLU and ops.is_unwatched(self.act_fn)
-        hidden = ops.swiglu(gate, up) if is_silu else self.act_fn(gate) * up
+        hidden = ops.swiglu(gate, up, self.backend) if is_silu else self.act_fn(gate) * up
         return ops.linear(self.down_proj, hidden)
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(ops.Computes, nn.Module):
     """Grouped-query attention with rotary positions and a cache."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
@@ -136,7 +136,7 @@ class LlamaAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | ops.Padding | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -146,7 +146,7 @@ class LlamaAttention(nn.Module):
             projected.view(B, T, -1, self.head_dim).transpose(1, 2)
             for projected in ops.linears((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         )
-        q, k = ops.apply_rope(q, k, *position_embeddings)
+        q, k = ops.apply_rope(q, k, *position_embeddings, self.backend)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if not self.groups_are_even:
@@ -157,7 +157,7 @@ class LlamaAttention(nn.Module):
             weights = F.dropout(ops.attention_weights(q, k, attention_mask), dropout)
             out = ops.weigh(weights, v)
         else:
-            out = ops.attention(q, k, v, attention_mask, dropout)
+            out = ops.attention(q, k, v, attention_mask, dropout, self.backend)
         out = out.transpose(1, 2).reshape(B, T, -1)
         return ops.linear(self.o_proj, out), weights if output_attentions else None
 
@@ -205,7 +205,7 @@ def _linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     return linear
 
 
-class LlamaDecoderLayer(nn.Module):
+class LlamaDecoderLayer(ops.Computes, nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
@@ -219,7 +219,7 @@ class LlamaDecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | ops.Padding | None = None,
         past_key_values: Cache | None = None,
         attentions: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -233,8 +233,15 @@ class LlamaDecoderLayer(nn.Module):
         )
         if attentions is not None and weights is not None:
             attentions.append(weights)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        norm = self.post_attention_layernorm
+        if type(norm) is LlamaRMSNorm and ops.runs_bare(norm):
+            normed, hidden_states = ops.add_rms_norm(
+                attended, hidden_states, norm.weight, norm.variance_epsilon, norm.backend
+            )
+        else:
+            hidden_states = hidden_states + attended
+            normed = norm(hidden_states)
+        return hidden_states + self.mlp(normed)
 
 
 class LlamaModel(LlamaPreTrainedModel):
@@ -312,7 +319,7 @@ class LlamaModel(LlamaPreTrainedModel):
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] | None = [] if output_attentions else None
         shown = output_hidden_states or output_attentions
-        with _numpy_for_rows(x, config.hidden_size * config.intermediate_size):
+        with _numpy_for_rows(x, config.hidden_size * config.intermediate_size, self.backend):
             plan = None if shown or mask is not None else row.plan(self, cache)
             if plan is not None:
                 x = row.read(plan, x, rotation, cache)
@@ -361,8 +368,9 @@ class LlamaModel(LlamaPreTrainedModel):
         cache: Cache | None,
         cache_position: torch.Tensor | None,
         packed: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the tokens stand, (B or 1, T), and whom they see: None for all before them, or a mask of four axes."""
+    ) -> tuple[torch.Tensor, torch.Tensor | ops.Padding | None]:
+        """Where the tokens stand, (B or 1, T), and whom they see: None for all before them, a mask of four axes, or
+        what the kernels take in its place."""
         B, T, _ = x.shape
         compiling = torch.compiler.is_compiling()
         if cache_position is not None and not compiling:
@@ -408,19 +416,23 @@ class LlamaModel(LlamaPreTrainedModel):
             if position_ids.dim() != 2 or len(position_ids) not in (1, B) or position_ids.shape[1] != T:
                 raise ValueError(f"position_ids must be {(B, T)} or (1, {T}), got {tuple(position_ids.shape)}")
 
-        mask = attention_mask
-        if padding is not None:
-            mask = padding[:, None, None, :]
-            mask = mask & ops.causal_mask(T, total, x.device) if T > 1 else mask
+        first_keys = None
         if packed:
             if past:
                 raise ValueError("packed rows cannot follow a cache")
-            breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-            text = F.pad(breaks.cumsum(-1), (1, 0))
-            alone = (text[:, None, :, None] == text[:, None, None, :]) & ops.causal_mask(T, T, x.device)
-            if mask is not None and mask.dtype != torch.bool:
-                raise ValueError("packed cannot be joined with a float attention_mask; put the texts' borders into it")
-            mask = alone if mask is None else alone & mask
+            breaks = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+            first_keys = (breaks * torch.arange(T, device=x.device)).cummax(-1).values.to(torch.int32).expand(B, T)
+        if padding is None and first_keys is None:
+            mask = attention_mask
+        elif attention_mask is None:
+            seen = ops.padding_of(padding, first_keys)
+            if ops.uses_triton(self.backend, x):
+                return position_ids, seen
+            mask = ops.as_mask(seen, T, total)
+        elif attention_mask.dtype == torch.bool:
+            mask = attention_mask & ops.as_mask(ops.padding_of(None, first_keys), T, total)
+        else:
+            raise ValueError("packed cannot be joined with a float attention_mask; put the texts' borders into it")
         if mask is not None and mask.is_floating_point() and mask.dtype != x.dtype:
             mask = mask.to(x.dtype)
         return position_ids, mask
@@ -490,7 +502,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
         kept_x = x[:, kept]
-        with _numpy_for_rows(kept_x, self.config.vocab_size * self.config.hidden_size):
+        with _numpy_for_rows(kept_x, self.config.vocab_size * self.config.hidden_size, self.backend):
             logits = ops.linear(self.lm_head, kept_x)
         if labels is not None and shift_labels is None:
             _check_labels(labels, x.shape[:2])
@@ -498,7 +510,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         loss = None
         if shift_labels is not None:
             _check_labels(shift_labels, x.shape[:2], "shift_labels")
-            loss = ops.cross_entropy(logits, shift_labels[:, kept], num_items_in_batch, ignore_index)
+            loss = ops.cross_entropy(logits, shift_labels[:, kept], num_items_in_batch, ignore_index, self.backend)
         out = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -619,7 +631,7 @@ class LlamaForTokenClassification(LlamaPreTrainedModel):
         )  # fmt: skip
         logits = self.score(self.dropout(out.last_hidden_state))
         out = TokenClassifierOutput(
-            loss=None if labels is None else ops.cross_entropy(logits, labels),
+            loss=None if labels is None else ops.cross_entropy(logits, labels, backend=self.backend),
             logits=logits,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
@@ -671,9 +683,9 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
         return out if self._wants_dict(return_dict) else out.to_tuple()
 
 
-def _numpy_for_rows(x: torch.Tensor, size: int) -> AbstractContextManager:
+def _numpy_for_rows(x: torch.Tensor, size: int, backend: str) -> AbstractContextManager:
     """`ops.rows_for_numpy`; torch.compile cannot look into a context manager of ours, so there is none for it."""
-    return nullcontext() if torch.compiler.is_compiling() else ops.rows_for_numpy(x, size)
+    return nullcontext() if torch.compiler.is_compiling() or backend == "triton" else ops.rows_for_numpy(x, size)
 
 
 def _border_loss(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,17 @@
-"""What the model computes with, one function for each hot path: the one place that will choose Triton or PyTorch.
+"""What the model computes with, one function for each hot path: the one place that chooses Triton or PyTorch.
 
-Layout is (batch, heads, sequence, head_dim) everywhere. Semantics, rounding included, are transformers'; a query that
-may see no key (False or -∞ in its mask) gives zeros, as in the reference.
+Layout is (batch, heads, sequence, head_dim) everywhere. Semantics are transformers'; a query that may see no key
+(False or -∞ in its mask) gives zeros, as in the reference. The kernels have no backward pass yet: where gradients are
+wanted PyTorch's operations compute, whatever the backend.
 """
 
+import importlib.util
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -26,16 +29,58 @@ try:  # who watches is PyTorch's own affair, and where it says so may move
 except ImportError:
     CAN_TELL = False  # then nothing takes the detour
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 LARGE = 2**25  # a matrix of as many numbers takes one core some five milliseconds to read
 IN_CACHE = 2**15  # weights of fewer numbers stay in a core's cache, and NumPy's detour costs more than it brings
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend that "auto" stands for, and a check of any other."""
+def check_backend(backend: str) -> str:
+    """`backend`, if this machine has it: "triton" (a GPU, or a CPU under TRITON_INTERPRET=1), "torch", or "auto", which
+    takes Triton for what lies on a GPU and PyTorch elsewhere.
+
+    Raises:
+        ValueError: it has not, and what to do.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return "torch"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError('the triton backend needs Triton: pip install triton (Linux), or backend="torch"')
+        if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise ValueError(
+                'the triton backend needs a GPU and there is none; backend="torch" runs here. For tests '
+                "TRITON_INTERPRET=1, set before Python starts, runs the kernels on a CPU, slowly"
+            )
+    return backend
+
+
+class Computes:
+    """A module whose work `ops` may hand to the kernels. `backend` is one of BACKENDS."""
+
+    backend = "auto"
+
+
+def uses_triton(backend: str, *tensors: torch.Tensor) -> bool:
+    """Whether the kernels compute with these: they are asked for or "auto" finds a GPU, and no gradient is wanted."""
+    if backend == "torch" or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return False
+    if backend == "triton":
+        return True
+    device, dtype = tensors[0].device, tensors[0].dtype
+    fits = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return fits and device.type == "cuda" and _has_kernels(device.index)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _has_kernels(index: int | None) -> bool:
+    """Whether the kernels were made for this GPU: NVIDIA's from Ampere on, AMD's Instinct."""
+    if not HAS_TRITON:
+        return False
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.startswith(("gfx90a", "gfx94", "gfx95"))
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 class _Rows(threading.local):
@@ -179,8 +224,17 @@ def is_unwatched(module: nn.Module) -> bool:
     )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def runs_bare(module: nn.Module) -> bool:
+    """`is_unwatched`, by hooks on all modules either; torch.compile, which obeys those itself, does not look."""
+    return is_unwatched(module) and (torch.compiler.is_compiling() or (CAN_TELL and not _has_any_global_hook()))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
     """x / sqrt(mean(x²) + ε) in float32, rounded to x's dtype, then times weight    (Zhang & Sennrich 2019, eq. 4)"""
+    if uses_triton(backend, x, weight):
+        from .kernels import rms_norm as kernel
+
+        return kernel.rms_norm(x, weight, eps)
     if _rows.active and _is_row(x) and weight.dtype == torch.float32:
         row = x.numpy().reshape(-1)
         with np.errstate(all="ignore"):
@@ -191,10 +245,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, None, eps) * weight
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(residual + x), residual + x): the end of one sub-layer and the start of the next."""
+    if uses_triton(backend, x, residual, weight):
+        from .kernels import rms_norm as kernel
+
+        return kernel.add_rms_norm(x, residual, weight, eps)
+    residual = residual + x
+    return rms_norm(residual, weight, eps, backend), residual
+
+
 def apply_rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn q (B, H, T, D) and k (B, K, T, D) by their positions' angles; cos and sin (B or 1, T, D), halves pairing."""
+    if uses_triton(backend, q, k):
+        from .kernels import rope as kernel
+
+        return kernel.apply_rope(q, k, cos, sin)
     cos, sin = cos[:, None], sin[:, None]
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
@@ -204,16 +274,61 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
+class Padding(NamedTuple):
+    """Whom the tokens see where that is not simply all before them, for kernels, which make no mask of it.
+
+    keys: (B, S) bool, False where there is padding. starts, lengths: (B,) int32, where a row's keys begin and end.
+    first_keys: (B, T) int32, the first token of a token's own text, where rows hold several.
+    """
+
+    keys: torch.Tensor | None
+    starts: torch.Tensor | None
+    lengths: torch.Tensor | None
+    first_keys: torch.Tensor | None
+
+
+def padding_of(keys: torch.Tensor | None, first_keys: torch.Tensor | None) -> Padding:
+    """A `Padding` of keys (B, S) and first_keys (B, T). On a GPU nothing waits for it."""
+    if keys is None:
+        return Padding(None, None, None, first_keys)
+    place = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
+    starts = torch.where(keys, place, keys.shape[1]).amin(1)
+    lengths = torch.where(keys, place + 1, 0).amax(1)
+    return Padding(keys, starts, lengths, first_keys)
+
+
+def as_mask(padding: Padding, T: int, S: int) -> torch.Tensor:
+    """The same as a mask (B, 1, T, S), bool: for PyTorch."""
+    tables = [table for table in padding if table is not None]
+    mask = causal_mask(T, S, tables[0].device)
+    if padding.keys is not None:
+        mask = mask & padding.keys[:, None, None, :]
+    if padding.first_keys is not None:
+        key = torch.arange(S, device=mask.device)
+        mask = mask & (key >= padding.first_keys[:, None, :, None])
+    return mask
+
+
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, dropout: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: "torch.Tensor | Padding | None" = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(q kᵀ / √D + mask) v, each key/value head serving a group of query heads.
 
     Args:
         q: (B, H, T, D). k, v: (B, K, S, D).
         mask: (B or 1, H or 1, T, S); bool, True where a query may look, or float, which is added. None is causal, the
-            queries being the last T of S.
+            queries being the last T of S; a `Padding` is causal too. The kernels take these two, and leave masks of
+            four axes to PyTorch.
     """
+    if not isinstance(mask, torch.Tensor) and not dropout and q.shape[-1] <= 256 and uses_triton(backend, q, k, v):
+        return _attend_in_triton(q, k, v, mask)
+    if isinstance(mask, Padding):
+        mask = as_mask(mask, q.shape[2], k.shape[2])
     causal = False
     if mask is None and q.shape[2] > 1:
         if q.shape[2] == k.shape[2]:
@@ -227,10 +342,27 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
-def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend_in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: Padding | None) -> torch.Tensor:
+    padding = padding or Padding(None, None, None, None)
+    if q.shape[2] == 1:
+        from .kernels import decode_attention as decode
+
+        return decode.decode_attention(q, k, v, None, padding.keys)
+    from .kernels import flash_attention as flash
+
+    out = flash.flash_attention(
+        q, k, v, starts=padding.starts, lengths=padding.lengths, first_keys=padding.first_keys, mask=padding.keys
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: "torch.Tensor | Padding | None") -> torch.Tensor:
     """The softmax of `attention` itself, (B, H, T, S) in q's dtype: for those who want to see it."""
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
+    if isinstance(mask, Padding):
+        mask = as_mask(mask, T, S)
     scores = (q.reshape(B, K, H // K * T, D) @ k.transpose(2, 3)).view(B, H, T, S) * D**-0.5
     if mask is None:
         mask = causal_mask(T, S, q.device)
@@ -253,14 +385,22 @@ def causal_mask(T: int, S: int, device: torch.device) -> torch.Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """silu(gate) · up                                                              (Shazeer 2020, eq. 5)"""
+    if uses_triton(backend, gate, up):
+        from .kernels import swiglu as kernel
+
+        return kernel.swiglu(gate, up)
     activated = F.silu(gate)
     return activated * up if torch.is_grad_enabled() else activated.mul_(up)  # one buffer less to page in
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, num_items: "int | torch.Tensor | None" = None, ignore_index: int = -100
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    num_items: "int | torch.Tensor | None" = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mean over the targets of -log p, in float32; with `num_items` their sum over that number.
 
@@ -268,6 +408,11 @@ def cross_entropy(
         logits: (..., V). targets: (...) ids, those equal to `ignore_index` do not count.
     """
     reduction = "mean" if num_items is None else "sum"
+    if uses_triton(backend, logits):
+        from .kernels import cross_entropy as kernel
+
+        loss = kernel.cross_entropy(logits, targets.to(logits.device), ignore_index, reduction)
+        return loss if num_items is None else loss / num_items
     targets = targets.reshape(-1).to(logits.device, torch.long)
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=ignore_index,
                            reduction=reduction)  # fmt: skip

@@ -26,7 +26,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
-class LlamaPreTrainedModel(nn.Module):
+class LlamaPreTrainedModel(ops.Computes, nn.Module):
     """The base of all models here."""
 
     config_class = LlamaConfig
@@ -36,7 +36,6 @@ class LlamaPreTrainedModel(nn.Module):
     accepts_loss_kwargs = False
     _no_split_modules = ("LlamaDecoderLayer",)
     _tied_weights_keys: tuple[str, ...] = ()
-    _backend = "torch"
 
     config: LlamaConfig
     generation_config: GenerationConfig
@@ -87,10 +86,13 @@ class LlamaPreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
-    @property
-    def backend(self) -> str:
-        """What computes: "torch"."""
-        return self._backend
+    def set_backend(self, backend: str) -> None:
+        """Choose what computes: "torch", "triton" (a GPU, or a CPU under TRITON_INTERPRET=1), or "auto", which takes
+        Triton for what lies on a GPU. Where gradients are wanted PyTorch's operations compute all the same."""
+        ops.check_backend(backend)
+        for module in self.modules():
+            if isinstance(module, ops.Computes):
+                module.backend = backend
 
     @property
     def base_model(self) -> "LlamaPreTrainedModel":
@@ -308,7 +310,7 @@ class LlamaPreTrainedModel(nn.Module):
         Args:
             dtype: of the weights; "auto" is the file's, and the default. `torch_dtype` is transformers 4's name.
             device: where to; `device_map` with one device ("auto", "cpu", {"": "cuda:0"}) does as well.
-            backend: "torch" or "auto".
+            backend: as `set_backend`.
             ignore_mismatched_sizes: draw a weight anew whose shape in the file is another, instead of an error.
             output_loading_info: give (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             state_dict: weights that take the place of the file's.
@@ -319,7 +321,7 @@ class LlamaPreTrainedModel(nn.Module):
         Raises:
             ValueError, OSError: a file, a tensor or an argument is missing, damaged or unfit; the message names it.
         """
-        backend = ops.resolve_backend(backend)
+        ops.check_backend(backend)
         kwargs = _meant(kwargs)
         where = pretrained_model_name_or_path
         checkpoint = open_checkpoint(where)
@@ -343,7 +345,7 @@ class LlamaPreTrainedModel(nn.Module):
         if extra and not output_loading_info:
             warnings.warn(f"{checkpoint.path}: {len(extra)} tensors are not used, among them {extra[0]}", stacklevel=2)
         config.dtype = wanted
-        model._backend = backend
+        model.set_backend(backend)
         if model.can_generate() and checkpoint.generation_config:
             model.generation_config = GenerationConfig.from_dict(checkpoint.generation_config)
         model.eval()

@@ -13,7 +13,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .tokenizer import LlamaTokenizerFast, TextStream
 
 Ends = int | list[int] | None
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 class Engine(Protocol):
@@ -55,14 +55,14 @@ class ReferenceEngine:
 
 
 class TorchEngine:
-    """The model in PyTorch, on a GPU where there is one."""
+    """The model in PyTorch, on a GPU where there is one, with the kernels if the backend says so."""
 
-    def __init__(self, checkpoint: Checkpoint, sampler: reference.Sampler):
+    def __init__(self, checkpoint: Checkpoint, sampler: reference.Sampler, backend: str = "auto"):
         import torch
 
         from . import DynamicCache, GenerationConfig, LlamaForCausalLM
 
-        self.model = LlamaForCausalLM.from_pretrained(checkpoint, device="auto")
+        self.model = LlamaForCausalLM.from_pretrained(checkpoint, device="auto", backend=backend)
         self.config = self.model.config.checked()
         self.model.generation_config = GenerationConfig(
             do_sample=sampler.temperature > 0,
@@ -96,15 +96,17 @@ class TorchEngine:
 
 
 def engine(checkpoint: Checkpoint, backend: str, sampler: reference.Sampler) -> Engine:
-    """The model of a checkpoint under the backend that was chosen; "auto" is torch where it is installed."""
+    """The model of a checkpoint under the backend that was chosen; "auto" is PyTorch where it is installed."""
     installed = importlib.util.find_spec("torch") is not None
-    if backend == "auto":
-        backend = "torch" if installed else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "torch" and not installed:
-        raise ValueError('the torch backend needs PyTorch: pip install "llama-triton[torch]", or --backend reference')
-    return (TorchEngine if backend == "torch" else ReferenceEngine)(checkpoint, sampler)
+    if backend == "reference" or (backend == "auto" and not installed):
+        return ReferenceEngine(checkpoint, sampler)
+    if not installed:
+        raise ValueError(
+            f'the {backend} backend needs PyTorch: pip install "llama-triton[torch]", or --backend reference'
+        )
+    return TorchEngine(checkpoint, sampler, backend)
 
 
 class Session:
@@ -112,7 +114,7 @@ class Session:
 
     Args:
         model: a model folder, a `.gguf` file or an alias.
-        backend: "torch", "reference", or "auto", which is torch where it is installed.
+        backend: "torch", "triton", "reference", or "auto": PyTorch where it is installed, with Triton on a GPU.
         max_new_tokens: the longest answer.
         sampler: how its tokens are chosen.
     """

@@ -22,18 +22,23 @@ def judged(labels: Int[np.ndarray, "*batch"], vocab_size: int, ignore_index: int
 
 
 def cross_entropy(
-    logits: Float[np.ndarray, "*batch V"], labels: Int[np.ndarray, "*batch"], ignore_index: int = -100
+    logits: Float[np.ndarray, "*batch V"],
+    labels: Int[np.ndarray, "*batch"],
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> np.floating:
     """The mean of -log p(label) over all labels but `ignore_index`; NaN when there is none, as in PyTorch.
+
+    `reduction="sum"` gives the sum in place of the mean.
 
     Raises:
         ValueError: a label lies outside the vocabulary.
     """
     counted = judged(labels, logits.shape[-1], ignore_index)
-    if not counted.any():
-        return logits.dtype.type(np.nan)
     picked = np.take_along_axis(log_softmax(logits[counted]), labels[counted][:, None], axis=-1)
-    return -picked.mean()
+    if reduction == "sum":
+        return -picked.sum()
+    return -picked.mean() if picked.size else logits.dtype.type(np.nan)
 
 
 def causal_lm_loss(
@@ -52,6 +57,7 @@ def linear_cross_entropy(
     weight: Float[np.ndarray, "V E"],
     labels: Int[np.ndarray, "*batch"],
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> np.floating:
     """`cross_entropy` of the logits hidden · weightᵀ. A kernel never holds them all; here it only fixes the meaning."""
-    return cross_entropy(hidden @ weight.T, labels, ignore_index)
+    return cross_entropy(hidden @ weight.T, labels, ignore_index, reduction)

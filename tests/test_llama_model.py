@@ -631,7 +631,7 @@ def test_gradient_checkpointing_changes_no_gradient(drawn, see):
 
 def test_gradient_checkpointing_recomputes(trained, ids, monkeypatch):
     calls = []
-    monkeypatch.setattr(ops, "swiglu", lambda gate, up: (calls.append(0), F.silu(gate) * up)[1])
+    monkeypatch.setattr(ops, "swiglu", lambda gate, up, *_: (calls.append(0), F.silu(gate) * up)[1])
     trained.gradient_checkpointing_enable()
     trained(ids).logits.sum().backward()
     assert len(calls) == 4
@@ -778,9 +778,9 @@ def test_what_a_model_is_made_of_is_checked():
     config.num_key_value_heads = 3
     with pytest.raises(ValueError, match="num_key_value_heads"):
         LlamaForCausalLM(config)
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, got 'cuda'"):
-        ops.resolve_backend("cuda")
-    assert ops.resolve_backend("auto") == ops.resolve_backend("torch") == "torch"
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        ops.check_backend("cuda")
+    assert [ops.check_backend(name) for name in ops.BACKENDS] == ["auto", "torch", "triton"]
 
 
 def test_a_cache_that_breaks_off_is_named_before_it_is_filled(small, ids):
