@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import kernels as kernels
     from . import reference as reference
+    from .acceleration import accelerate as accelerate
     from .auto import AutoConfig as AutoConfig
     from .auto import AutoModel as AutoModel
     from .auto import AutoModelForCausalLM as AutoModelForCausalLM
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # module -> the names that live in it
 _NAMES = {
+    "acceleration": ("accelerate",),
     "auto": (
         "AutoConfig",
         "AutoModel",
