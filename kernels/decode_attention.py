@@ -52,7 +52,8 @@ def _piece_kernel(
             k_row, v_row = tl.cast(key, tl.int64) * ks, tl.cast(key, tl.int64) * vs
         else:
             page = tl.load(table_ptr + b * tb + key // PAGE * tp, mask=here, other=0).to(tl.int64)
-            k_row, v_row = page * kb + key % PAGE * ks, page * vb + key % PAGE * vs
+            slot = tl.cast(key % PAGE, tl.int64)
+            k_row, v_row = page * kb + slot * ks, page * vb + slot * vs
         if MASK:
             here = here & (tl.load(mask_ptr + b * mb + tl.cast(key, tl.int64) * ms, mask=here, other=0) != 0)
         k = tl.load(k_head + k_row[None, :] + dim[:, None] * kd, mask=here[None, :] & (dim < D)[:, None], other=0.0)
@@ -132,7 +133,7 @@ def _decode_attention(
     )  # fmt: skip
     _join_kernel[(B * H,)](
         parts, lse, out, H, out.stride(0), out.stride(1), out.stride(3), pieces,
-        D=D, BLOCK_D=block_d, BLOCK_P=triton.next_power_of_2(pieces), num_warps=4, enable_fp_fusion=True,
+        D=D, BLOCK_D=block_d, BLOCK_P=triton.next_power_of_2(pieces), num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

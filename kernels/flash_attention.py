@@ -101,10 +101,10 @@ def _flash_attention_kernel(
 
     begin = 0
     if STARTS:
-        begin = tl.load(starts_ptr + b).to(tl.int32)
+        begin = tl.maximum(tl.load(starts_ptr + b).to(tl.int32), 0)
     length = S
     if LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+        length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)
     place = t + offset  # where a query stands among the keys
     low = place
     plain_from = begin

@@ -23,23 +23,25 @@ def _rms_norm_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits divide in far fewer instructions than 64
     col = tl.arange(0, BLOCK)
+    along = tl.cast(col, tl.int64)[None, :]  # columns · stride passes 2³¹ in transposed rows
     mask = (row < rows)[:, None]
     if not EVEN:
         mask = mask & (col < width)[None, :]
     outer, place = tl.cast(row // x_inner, tl.int64), tl.cast(row % x_inner, tl.int64)  # rows · stride passes 2³¹
     start = outer * x_outer_stride + place * x_inner_stride
-    x = tl.load(x_ptr + start[:, None] + col[None, :] * x_stride, mask=mask, other=0.0)
+    x = tl.load(x_ptr + start[:, None] + along * x_stride, mask=mask, other=0.0)
     out = tl.cast(row, tl.int64)[:, None] * width + col[None, :]
     if ADD:
         outer, place = tl.cast(row // r_inner, tl.int64), tl.cast(row % r_inner, tl.int64)
         start = outer * r_outer_stride + place * r_inner_stride
-        residual = tl.load(residual_ptr + start[:, None] + col[None, :] * r_stride, mask=mask, other=0.0)
+        residual = tl.load(residual_ptr + start[:, None] + along * r_stride, mask=mask, other=0.0)
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + out, x, mask=mask)
     x32 = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x32 * x32, axis=1) / width + tl.cast(eps, tl.float32))
     normed = (x32 * scale[:, None]).to(x.dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + col * weight_stride, mask=col < width, other=0.0, eviction_policy="evict_last")
+    gain = weight_ptr + tl.cast(col, tl.int64) * weight_stride
+    weight = tl.load(gain, mask=col < width, other=0.0, eviction_policy="evict_last")
     tl.store(y_ptr + out, (normed * weight.to(tl.float32)[None, :]).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -49,7 +51,7 @@ def _run(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, e
         return outputs
     x3, r3 = launch.as_rows(x), launch.as_rows(x if residual is None else residual)
     rows, width = x3.shape[0] * x3.shape[1], x3.shape[2]
-    tile = tiles.rms_norm(width)
+    tile = tiles.rms_norm(launch.family(x.device), width)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(triton.cdiv(rows, tile.rows),)](
         x3, r3, weight, outputs[0], outputs[-1],

@@ -18,16 +18,17 @@ def _turn(
     x_ptr, y_ptr, x_head, x_dim, y_head, y_dim, heads, cos1, sin1, cos2, sin2, stored,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    dim = tl.arange(0, BLOCK_D)[None, :]
+    dim = tl.cast(tl.arange(0, BLOCK_D), tl.int64)[None, :]
+    second_half = tl.cast(HALF, tl.int64)
     for first in range(0, heads, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)[:, None]
+        head = tl.cast(first + tl.arange(0, BLOCK_H), tl.int64)[:, None]  # heads · T · D passes 2³¹
         mask = (head < heads) & (dim < HALF)
         x = x_ptr + head * x_head + dim * x_dim
         x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x + HALF * x_dim, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x + second_half * x_dim, mask=mask, other=0.0).to(tl.float32)
         y = y_ptr + head * y_head + dim * y_dim
         tl.store(y, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty), mask=mask & stored)
-        tl.store(y + HALF * y_dim, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty), mask=mask & stored)
+        tl.store(y + second_half * y_dim, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty), mask=mask & stored)
 
 
 @triton.jit
@@ -45,20 +46,20 @@ def _rope_kernel(
     if STORE:
         place = tl.load(place_ptr + b * pb + t * pt).to(tl.int64)
         stored = (place >= 0) & (place < room)
-    dim = tl.arange(0, BLOCK_D)[None, :]
+    dim = tl.cast(tl.arange(0, BLOCK_D), tl.int64)[None, :]
     cos_row, sin_row = cos_ptr + b * cb + t * ct + dim * cd, sin_ptr + b * sb + t * st + dim * sd
     cos1 = tl.load(cos_row, mask=dim < HALF, other=0.0).to(tl.float32)
     sin1 = tl.load(sin_row, mask=dim < HALF, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_row + HALF * cd, mask=dim < HALF, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_row + HALF * sd, mask=dim < HALF, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_row + tl.cast(HALF, tl.int64) * cd, mask=dim < HALF, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_row + tl.cast(HALF, tl.int64) * sd, mask=dim < HALF, other=0.0).to(tl.float32)
     _turn(q_ptr + b * qb + t * qt, q_out_ptr + b * qob + t * qot, qh, qd, qoh, qod, q_heads,
           cos1, sin1, cos2, sin2, True, HALF, BLOCK_H, BLOCK_D)  # fmt: skip
     _turn(k_ptr + b * kb + t * kt, k_out_ptr + b * kob + place * kot, kh, kd, koh, kod, k_heads,
           cos1, sin1, cos2, sin2, stored, HALF, BLOCK_H, BLOCK_D)  # fmt: skip
     if STORE:
-        both = tl.arange(0, 2 * BLOCK_D)[None, :]
+        both = tl.cast(tl.arange(0, 2 * BLOCK_D), tl.int64)[None, :]
         for first in range(0, k_heads, BLOCK_H):
-            head = first + tl.arange(0, BLOCK_H)[:, None]
+            head = tl.cast(first + tl.arange(0, BLOCK_H), tl.int64)[:, None]
             mask = (head < k_heads) & (both < 2 * HALF)
             v = tl.load(v_ptr + b * vb + t * vt + head * vh + both * vd, mask=mask, other=0.0)
             out = v_out_ptr + b * vob + place * vot + head * voh + both * vod
@@ -72,7 +73,7 @@ def _run(q, k, v, cos, sin, places, q_out, k_out, v_out) -> None:
     K = k.shape[1]
     store = places is not None
     by_row = [t.stride() if len(t) > 1 else (0, *t.stride()[1:]) for t in (cos, sin)]  # (1, T, D) serves every row
-    tile = tiles.rope(max(H, K), D)
+    tile = tiles.rope(launch.family(q.device), max(H, K), D)
     _rope_kernel[(B * T,)](
         q, k, v, cos, sin, places, q_out, k_out, v_out,
         T, H, K, k_out.shape[2],

@@ -19,7 +19,7 @@ def _swiglu_kernel(
     u_inner, u_outer_stride, u_inner_stride, u_stride, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)  # 32 bits divide in far fewer instructions than 64
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.cast(tl.program_id(1), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     g_outer, g_place = tl.cast(row // g_inner, tl.int64), tl.cast(row % g_inner, tl.int64)
     u_outer, u_place = tl.cast(row // u_inner, tl.int64), tl.cast(row % u_inner, tl.int64)
@@ -27,7 +27,8 @@ def _swiglu_kernel(
     up_row = up_ptr + u_outer * u_outer_stride + u_place * u_inner_stride
     gate = tl.load(gate_row + col * g_stride, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_row + col * u_stride, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + tl.cast(row, tl.int64) * width + col, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=mask)
+    y = (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + tl.cast(row, tl.int64) * width + col, y, mask=mask)
 
 
 def _fake(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return y
     gate, up = launch.as_rows(gate), launch.as_rows(up)
     rows, width = gate.shape[0] * gate.shape[1], gate.shape[2]
-    tile = tiles.swiglu(width)
+    tile = tiles.swiglu(launch.family(y.device), width)
     _swiglu_kernel[(rows, triton.cdiv(width, tile.block))](
         gate, up, y, gate.shape[1], *gate.stride(), up.shape[1], *up.stride(), width,
         BLOCK=tile.block, num_warps=tile.warps, enable_fp_fusion=True,

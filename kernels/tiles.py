@@ -47,49 +47,59 @@ class Attention(NamedTuple):
     tma: bool = False
 
 
+# Of the kernels that memory binds a thread should load 16 bytes at a time: eight numbers, or more, of two bytes.
+
+
 @cache
-def rms_norm(width: int) -> Rows:
-    """Thirty-two numbers a thread at most, loads of 16 bytes."""
+def rms_norm(family: str, width: int) -> Rows:
+    """Thirty-two numbers a thread at most."""
     block = triton.next_power_of_2(width)
-    return Rows(max(1, min(4, 2048 // block)), {8192: 8, 16384: 16}.get(block, 4))
+    rows = max(1, min(4, 2048 // block))
+    return Rows(rows, _warps(family, rows * block, {8192: 8, 16384: 16}.get(block, 4)))
 
 
 @cache
-def swiglu(width: int) -> Block:
-    return Block(min(2048, triton.next_power_of_2(width)), 8 if width > 1024 else 4)
+def swiglu(family: str, width: int) -> Block:
+    block = min(2048, triton.next_power_of_2(width))
+    return Block(block, _warps(family, block, 8))
 
 
 @cache
-def rope(heads: int, head_dim: int) -> Heads:
-    """At most 2048 pairs at a time, and eight a thread at least: loads of 16 bytes."""
+def rope(family: str, heads: int, head_dim: int) -> Heads:
+    """At most 2048 pairs at a time."""
     half = triton.next_power_of_2(head_dim // 2)
     at_once = min(triton.next_power_of_2(heads), max(1, 2048 // half))
-    return Heads(at_once, min(4, max(1, at_once * half // 256)))
+    return Heads(at_once, _warps(family, at_once * half, 4))
+
+
+def _warps(family: str, numbers: int, most: int) -> int:
+    """As many as have eight numbers for each of their threads."""
+    return min(most, max(1, numbers // (8 * (64 if family == "gfx942" else 32))))
 
 
 # Prefill, by family and head class: halves (float16, bfloat16), then float32, whose products are exact and take no
 # matrix units, so that registers want small tiles.
 PREFILL: dict[str, dict[int, Attention]] = {
-    "sm_80": {64: Attention(128, 64, 4, 3), 128: Attention(64, 64, 4, 3), 256: Attention(64, 32, 4, 2)},
-    "sm_89": {64: Attention(128, 64, 4, 2), 128: Attention(64, 64, 4, 2), 256: Attention(64, 32, 4, 1)},
+    "sm_80": {64: Attention(128, 64, 8, 3), 128: Attention(128, 32, 8, 3), 256: Attention(64, 32, 8, 1)},
+    "sm_89": {64: Attention(128, 64, 8, 3), 128: Attention(128, 32, 8, 3), 256: Attention(64, 32, 8, 1)},
     "sm_90": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 3, True),
-              256: Attention(128, 64, 8, 2, True)},
-    "sm_100": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 128, 8, 3, True),
-               256: Attention(128, 64, 8, 2, True)},
+              256: Attention(128, 32, 8, 3, True)},
+    "sm_100": {64: Attention(128, 128, 8, 2, True), 128: Attention(128, 64, 8, 3, True),
+               256: Attention(64, 64, 8, 2, True)},
     "gfx942": {64: Attention(128, 64, 4, 1), 128: Attention(128, 64, 4, 1), 256: Attention(64, 32, 4, 1)},
 }  # fmt: skip
 # Where descriptors cannot address the keys (a stride or a start that is no multiple of 16 bytes).
 PREFILL_PLAIN: dict[str, dict[int, Attention]] = {
-    "sm_90": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 64, 4, 2)},
-    "sm_100": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 64, 4, 2)},
+    "sm_90": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 2), 256: Attention(64, 32, 8, 2)},
+    "sm_100": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 32, 8, 2)},
 }
-PREFILL_FLOAT32 = {64: Attention(32, 32, 4, 1), 128: Attention(32, 32, 8, 1), 256: Attention(16, 32, 8, 1)}
+PREFILL_FLOAT32 = {64: Attention(32, 32, 4, 1), 128: Attention(32, 32, 8, 1), 256: Attention(16, 16, 16, 1)}
 # One new token: the heads of a group are the rows, of which a matrix unit wants 16 at least.
 DECODE: dict[str, dict[int, Attention]] = {
     name: {64: Attention(16, 64, 4, stages), 128: Attention(16, 64, 4, stages), 256: Attention(16, 32, 4, stages)}
     for name, stages in (("sm_80", 3), ("sm_89", 2), ("sm_90", 3), ("sm_100", 3), ("gfx942", 1))
 }
-DECODE_FLOAT32 = {64: Attention(16, 32, 4, 1), 128: Attention(16, 32, 4, 1), 256: Attention(16, 16, 4, 1)}
+DECODE_FLOAT32 = {64: Attention(16, 32, 4, 1), 128: Attention(16, 32, 8, 1), 256: Attention(16, 16, 4, 1)}
 INTERPRETED = Attention(16, 16, 4, 1)  # small, so that small tests cross their borders
 SHORT = 16  # so few new tokens are rows of a tile of decode_attention
 SPLITS = 32  # a long cache is read in at most so many pieces, which fill the GPU at batch 1

@@ -28,7 +28,7 @@ def causal_visibility(
 
 def softmax(scores: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*batch S"]:
     """exp(x) / Σ exp(x), shifted by the maximum so that nothing overflows. A row of -∞ alone becomes zeros."""
-    top = scores.max(axis=-1, keepdims=True)
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)  # of no keys, too
     out = scores - np.where(np.isneginf(top), 0, top)
     np.exp(out, out=out)
     total = out.sum(axis=-1, keepdims=True)
