@@ -17,15 +17,15 @@ export PROMPT BACKEND TORCH
 BIN := .venv/bin
 READY := .venv/.ready-$(TORCH)
 
-.PHONY: run test check clean has-tools
+.PHONY: run test check clean has-tools tritons
 
 run: $(READY)
 	@$(BIN)/llama generate --backend "$$BACKEND" -- "$$PROMPT"
 
-test: has-tools
+test: has-tools tritons
 	$(BIN)/python -m pytest
 
-check: has-tools
+check: has-tools tritons
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,6 +37,16 @@ has-tools: $(READY)
 $(READY): pyproject.toml constraints.txt tools/bootstrap.py
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not there; make PYTHON=... names another Python"; exit 2; }
 	@$(PYTHON) tools/bootstrap.py
+
+# Both ends of the range of Triton that tests/test_static.py compiles the kernels with. There are wheels for Linux alone.
+ifeq ($(shell uname -s),Linux)
+tritons: .venv/triton-3.6.0 .venv/triton-3.9.0
+endif
+
+.venv/triton-%: | $(READY)
+	rm -rf $@.partial
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.partial triton==$*
+	mv $@.partial $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -245,7 +245,7 @@ def flash_attention(
         cu_seqlens: (n + 1,) integers from 0 to T, the borders of n texts packed into every row; another way to say
             first_keys.
         mask: (B, S) bool or integers; a key of 0 is padding and not seen. With holes in between it costs a little;
-            where `starts` and `lengths` say the same, next to nothing.
+            where `starts` and `lengths` say the same, next to nothing. Values in a hole must be finite.
 
     Returns:
         (B, H, T, D) in q's dtype, as (B, T, H, D) in memory. A query that sees nothing gives zeros.

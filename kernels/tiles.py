@@ -1,6 +1,6 @@
 """Every kernel's configuration, by GPU family and shape class. `benchmarks/tune.py` measures rivals of these.
 
-Fixed in advance: nothing is tuned at a user's first call, and nothing depends on how many tokens there are, so that a
+Fixed in advance: nothing is tuned at a user's first call, and nothing depends on how many rows there are, so that a
 row's bits do not depend on its batch. Where two chips share a family they share its shared memory and matrix units
 (`launch.family_of`). A test compiles every entry for its family without a GPU and wants no spills.
 """

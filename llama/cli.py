@@ -1,7 +1,8 @@
-"""The command line: `llama fetch`, `llama generate`, `llama chat`, `llama verify`."""
+"""The command line: `llama fetch`, `llama generate`, `llama chat`, `llama verify`, `llama bench`."""
 
 import contextlib
 import io
+import json
 import os
 import sys
 import warnings
@@ -12,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from .session import Session
 
-BACKENDS = click.Choice(["auto", "torch", "reference"])
+BACKENDS = click.Choice(["auto", "torch", "triton", "reference"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
@@ -36,9 +37,7 @@ def model_options(command: Any) -> Any:
         click.option("--top-k", type=click.IntRange(1), help="Draw from this many likeliest tokens."),
         click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 draws."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="The longest answer."),
-        click.option(
-            "--backend", type=BACKENDS, default="auto", help="What computes; auto is torch where it is installed."
-        ),
+        click.option("--backend", type=BACKENDS, default="auto", help="What computes; auto is torch, where installed."),
         click.option("--model", "-m", default="smollm2", metavar="MODEL", help="The model to use."),
     ):
         command = option(command)
@@ -126,7 +125,9 @@ def chat(system: str | None, **options: Any) -> None:
 
 @cli.command()
 @click.argument("model", default="smollm2")
-@click.option("--backend", type=click.Choice(["auto", "torch"]), default="auto", help="What is held against it.")
+@click.option(
+    "--backend", type=click.Choice(["auto", "torch", "triton"]), default="auto", help="What is held against it."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
@@ -152,6 +153,42 @@ def verify(context: click.Context, model: str, backend: str, dtype: str, prompts
     for line in report.lines():
         click.echo(line)
     context.exit(0 if report.passed else 1)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure the kernels."""
+
+
+@bench.command()
+@click.option(
+    "--target", "targets", multiple=True, metavar="GPU", help="sm_80, sm_89, sm_90, sm_100, gfx942; default: all."
+)
+@click.option("--kernel", metavar="NAME", help="This kernel alone, as flash_attention.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with everything that was found.")
+@click.pass_context
+def static(context: click.Context, targets: tuple[str, ...], kernel: str | None, as_json: bool) -> None:
+    """Compile every kernel in every configuration for GPUs that need not be there, and look at the machine code.
+
+    Prints registers, spills, shared memory and the matrix instruction of each. Exits 1 where one has a problem: a
+    spill, too much shared memory, double precision, no matrix instruction or no load of 128 bits where there could be.
+    """
+    try:
+        from . import static
+    except ImportError as error:
+        raise ValueError('bench static needs PyTorch and Triton: pip install "llama-triton[torch]"') from error
+    from .progress import progress
+
+    names = [name for given in targets for name in given.split(",")] or list(static.TARGETS)
+    for name in names:
+        if name not in static.TARGETS:
+            raise click.UsageError(f"no target is called {name!r}; there are {', '.join(static.TARGETS)}")
+    made, wrong = 0, 0
+    for record in static.records(progress(static.work(names, kernel), "Compiling", "calls")):
+        made, wrong = made + 1, wrong + bool(record["problems"])
+        click.echo(json.dumps(record) if as_json else static.line(record))
+    click.echo(f"{made} configurations, {wrong} with a problem", err=True)
+    context.exit(1 if wrong else 0)
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:

@@ -1,0 +1,284 @@
+"""Every kernel in every shipped configuration, compiled for a GPU that is not there, and what came of it.
+
+The launch functions of `llama.kernels` run as they do in earnest, on tensors without data (PyTorch's meta device), for
+a driver that only knows the GPU's name; a launch compiles and stops. So alignment, strides and tiles are those that a
+user meets. What is read from the machine code (`llama.machine_code`) is held against what the design wants: no
+spills, no double precision, matrix units where there are products, loads of 128 bits, no device scratch.
+
+Nothing here says that a kernel is right, or fast.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from . import machine_code
+from .kernels import cross_entropy, decode_attention, flash_attention, launch, rms_norm, rope, swiglu, tiles
+
+BF16, FP32 = torch.bfloat16, torch.float32
+TARGETS = {
+    name: GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    for name in tiles.FAMILIES
+}
+LARGE_PRODUCTS = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+SMALL_PRODUCTS = {name: "MFMA" if name.startswith("gfx") else "HMMA" for name in TARGETS}  # of 16 rows
+
+
+class Case(NamedTuple):
+    """One call of a launch function, and what its machine code must have."""
+
+    kernel: str
+    shape: str
+    launch: Callable[[], object]
+    mma: dict[str, str] | None = None  # the family of matrix instruction, by target
+    wide: bool = True  # whether the strides allow loads of 128 bits
+
+
+def work(targets: Iterable[str], kernel: str | None = None) -> list[tuple[str, Case]]:
+    """What there is to compile for these targets: the cases of one kernel, or of all.
+
+    Raises:
+        ValueError: a kernel that is not there, or kernels that the interpreter has.
+    """
+    refuse_interpreter()
+    everything = cases()
+    names = dict.fromkeys(case.kernel for case in everything)
+    if kernel is not None and kernel not in names:
+        raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(names)}")
+    return [(target, case) for target in targets for case in everything if kernel in (None, case.kernel)]
+
+
+def records(work: Iterable[tuple[str, Case]]) -> Iterator[dict[str, Any]]:
+    """One record per configuration; two cases may share one."""
+    seen: set[tuple[str, str]] = set()
+    for target, case in work:
+        for record in build(case, target):
+            if (target, record["hash"]) not in seen:
+                seen.add((target, record["hash"]))
+                yield record
+
+
+def refuse_interpreter() -> None:
+    if launch.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+
+
+def build(case: Case, target: str) -> list[dict[str, Any]]:
+    """A record for each kernel that the case launches."""
+    built: list[tuple[Any, dict[str, Any], float]] = []
+    error = None
+    try:
+        with pretending(TARGETS[target], built):
+            case.launch()
+    except Exception as failed:  # whatever Triton, LLVM or ptxas throw is a finding
+        error = f"{type(failed).__name__}: {str(failed).strip() or 'no message'}"[-300:]
+    head = {"kernel": case.kernel, "target": target}
+    made = []
+    for compiled, options, seconds in built:
+        wanted = case.mma[target] if case.mma and "BLOCK_P" not in options else None  # pieces join without products
+        made.append(head | {
+            "config": {"shape": case.shape} | options,
+            **machine_code.inspect(compiled, target),
+            "mma_wanted": wanted, "wide_wanted": case.wide, "function": compiled.name, "hash": compiled.hash,
+            "seconds": round(seconds, 2), "triton": triton.__version__, "error": None,
+        })  # fmt: skip
+    if error is not None:
+        nothing = dict.fromkeys(("registers", "spills", "shared_bytes", "mma"))
+        config = {"shape": case.shape}
+        made.append(head | {"config": config, **nothing, "hash": f"{case.kernel} {case.shape}",
+                            "triton": triton.__version__, "error": error})  # fmt: skip
+    return [record | {"problems": problems(record)} for record in made]
+
+
+class _Driver:
+    """Of a GPU, its name alone: all that compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> tuple[str, object]:
+        return self.target.backend, self.target.arch  # the key of Triton's cache: targets stay apart
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def pretending(target: GPUTarget, built: list[tuple[Any, dict[str, Any], float]]) -> Iterator[None]:
+    """Within, the GPU is `target`, and a launch compiles, notes in `built` what came of it, and runs nothing."""
+    before, inherited = driver._active, "__getitem__" not in vars(JITFunction)
+    launched = JITFunction.__getitem__
+
+    def compile_only(self: Any, grid: Any) -> Callable[..., Any]:
+        def warmup(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            compiled = self.warmup(*args, grid=grid, **options)
+            built.append((compiled, options, time.perf_counter() - start))
+            return compiled
+
+        return warmup
+
+    driver.set_active(_Driver(target))
+    JITFunction.__getitem__ = compile_only
+    try:
+        yield
+    finally:
+        driver._active = before
+        if inherited:
+            del JITFunction.__getitem__
+        else:
+            JITFunction.__getitem__ = launched
+
+
+def problems(record: dict[str, Any]) -> list[str]:
+    """What is wrong with a record, in words; the same for what we ship and for what a test makes wrong on purpose."""
+    if record["error"]:
+        return [f"does not compile: {record['error']}"]
+    found = []
+    limit = machine_code.SHARED_MEMORY[record["target"]]
+    if record["spills"]:
+        found.append("spills registers to memory")
+    if record["shared_bytes"] > limit:
+        found.append(f"takes {record['shared_bytes']} bytes of shared memory, there are {limit}")
+    if record["tensor_memory"] > machine_code.TENSOR_MEMORY:
+        found.append(f"takes {record['tensor_memory']} columns of tensor memory")
+    if record["mma_wanted"] not in (None, record["mma"]):
+        found.append(f"should multiply by {record['mma_wanted']}, has {record['mma'] or 'no matrix instruction'}")
+    if record["fp64"]:
+        found.append("computes in double precision")
+    if record["wide_wanted"] and not record["wide_loads"]:
+        found.append("has no load of 128 bits")
+    if record["scratch_bytes"]:
+        found.append("needs scratch memory on the device")
+    if record["serialized"]:
+        found.append("has matrix instructions that wait for one another (ptxas: serialized)")
+    return found
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record for people."""
+    config = record["config"]
+    tile = " ".join(f"{name.lower()}={config[name]}" for name in config if name.startswith(("BLOCK", "ROWS", "num_")))
+    head = f"{record['target']:7}{record['kernel']:21}{config['shape']:33}"
+    if record["error"]:
+        return head + record["problems"][0]
+    numbers = f"{record['registers']:4} registers {record['spills']:4} spills {record['shared_bytes']:7} bytes"
+    return "  ".join([head + numbers, f"{record['mma'] or '-':8}{tile}", *record["problems"]])
+
+
+def cases(device: str = "meta") -> list[Case]:
+    """Calls that between them reach every entry of `tiles`; on a real device their inputs have sensible values."""
+    with torch.device(device):
+        return [*_norms(), *_ropes(), *_gates(), *_losses(), *_prefills(), *_decodes()]
+
+
+def _heads(heads: int, size: int, dtype: torch.dtype, tokens: int = 1024) -> torch.Tensor:
+    """(2, heads, tokens, size) as projections make it: tokens outermost."""
+    return torch.randn(2, tokens, heads, size, dtype=dtype).transpose(1, 2)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _norms() -> Iterator[Case]:
+    plain, added = rms_norm._rms_norm.launch, rms_norm._add_rms_norm.launch
+    for dtype in (BF16, FP32):
+        for width in (256, 576, 2048, 4096, 5120, 8192, tiles.WIDEST_ROW):
+            x, weight = torch.randn(2, 512, width, dtype=dtype), torch.randn(width, dtype=dtype)
+            shape = f"{width} {_word(dtype)}"
+            yield Case("rms_norm", shape, partial(plain, x, weight, 1e-5))
+            yield Case("add_rms_norm", shape, partial(added, x, x, weight, 1e-5))
+
+
+def _ropes() -> Iterator[Case]:
+    fresh, stored = rope._apply_rope.launch, rope._apply_rope_to_cache.launch
+    places = torch.arange(1024).expand(2, 1024)
+    for H, K, D, dtype in (
+        (32, 8, 128, BF16), (64, 8, 128, BF16), (32, 8, 64, BF16), (9, 3, 64, BF16), (32, 32, 80, BF16),
+        (8, 8, 256, BF16), (32, 8, 128, FP32), (9, 3, 64, FP32),
+    ):  # fmt: skip
+        q, k, cos = _heads(H, D, dtype), _heads(K, D, dtype), torch.randn(1, 1024, D, dtype=dtype)
+        shape = f"{H}/{K} heads of {D} {_word(dtype)}"
+        yield Case("apply_rope", shape, partial(fresh, q, k, cos, cos))
+        cache = torch.zeros(2, K, 4096, D, dtype=dtype)
+        yield Case("apply_rope_to_cache", shape, partial(stored, q, k, k, cos, cos, cache, cache, places))
+
+
+def _gates() -> Iterator[Case]:
+    for dtype in (BF16, FP32):
+        for width in (1536, 11008, 14336):
+            gate, up = torch.randn(2, 512, 2 * width, dtype=dtype).chunk(2, -1)
+            yield Case("swiglu", f"{width} {_word(dtype)}", partial(swiglu._swiglu.launch, gate, up))
+
+
+def _losses() -> Iterator[Case]:
+    plain, linear = cross_entropy._token_losses.launch, cross_entropy._linear_token_losses.launch
+    labels = torch.zeros(2, 512, dtype=torch.int64)
+    for dtype in (BF16, FP32):
+        for vocabulary in (32000, 128256):
+            logits, shape = torch.randn(2, 512, vocabulary, dtype=dtype), f"{vocabulary} {_word(dtype)}"
+            yield Case("cross_entropy", shape, partial(plain, logits, labels, -100))
+        hidden, weight = torch.randn(2, 512, 64, dtype=dtype), torch.randn(vocabulary, 64, dtype=dtype)
+        yield Case("linear_cross_entropy", shape, partial(linear, hidden, weight, labels, -100))
+
+
+def _prefills() -> Iterator[Case]:
+    starts, lengths = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4096)
+    padding: dict[str, Any] = {"starts": starts, "lengths": lengths, "mask": torch.ones(2, 4096, dtype=torch.bool)}
+    packing: dict[str, Any] = {"first_keys": torch.zeros(2, 1024, dtype=torch.int64)}
+    for D in tiles.HEAD_DIMS:
+        yield _prefill("causal", D)
+        yield _prefill("padded", D, **padding)
+        yield _prefill("packed", D, **packing)
+        yield _prefill("expanded", D, expanded=True)
+        yield _prefill("expanded padded", D, expanded=True, **padding)
+        yield _prefill("expanded packed", D, expanded=True, **packing)
+        yield _prefill("causal", D, FP32)
+        yield _prefill("padded", D, FP32, **padding)
+        yield _prefill("packed", D, FP32, **packing)
+        yield _prefill("short", D, T=tiles.SHORT, **padding)
+    yield _prefill("causal", 80)
+    yield _prefill("causal", 100, wide=False)  # rows of 200 bytes: neither descriptors nor loads of 128 bits
+
+
+def _prefill(words: str, D: int, dtype: torch.dtype = BF16, T: int = 1024, expanded: bool = False, wide: bool = True,
+             starts: Any = None, lengths: Any = None, first_keys: Any = None, mask: Any = None) -> Case:  # fmt: skip
+    q, k = _heads(32, D, dtype, T), torch.randn(2, 1 if expanded else 8, 4096, D, dtype=dtype)
+    k = k.expand(2, 8, 4096, D)  # expanded: one head for all, a stride of 0, for which there are no descriptors
+    products = None if dtype == FP32 else SMALL_PRODUCTS if T <= tiles.SHORT else LARGE_PRODUCTS
+    call = partial(flash_attention._flash_attention.launch,
+                   q, k, k, True, starts, lengths, first_keys, mask, 4096 - T, False)  # fmt: skip
+    return Case("flash_attention", f"{words} D={D} {_word(dtype)}", call, products, wide)
+
+
+def _decodes() -> Iterator[Case]:
+    mask, pages = torch.ones(2, 4096, dtype=torch.bool), torch.arange(128, dtype=torch.int32).view(2, 64)
+    for D in tiles.HEAD_DIMS:
+        for dtype in (BF16, FP32):
+            yield _decode("32/8 heads", D, dtype)
+            yield _decode("masked", D, dtype, mask=mask)
+            yield _decode("paged", D, dtype, pages=pages)
+    yield _decode("32/32 heads", 128, K=32)
+    yield _decode("32/8 heads", 80)
+    yield _decode("32/8 heads", 100, wide=False)
+
+
+def _decode(words: str, D: int, dtype: torch.dtype = BF16, K: int = 8, wide: bool = True,
+            mask: Any = None, pages: Any = None) -> Case:  # fmt: skip
+    q, cache = torch.randn(2, 32, 1, D, dtype=dtype), torch.randn(2, K, 4096, D, dtype=dtype)
+    cache = cache if pages is None else cache.view(128, K, 64, D)
+    call = partial(decode_attention._decode_attention.launch, q, cache, cache, torch.full((2,), 4096), mask, pages)
+    products = None if dtype == FP32 else SMALL_PRODUCTS
+    return Case("decode_attention", f"{words} D={D} {_word(dtype)}", call, products, wide)
