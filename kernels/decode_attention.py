@@ -16,7 +16,7 @@ from . import launch, tiles
 from .flash_attention import LOG2_E, check_heads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "piece", "pieces", "mb"])
 def _piece_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, table_ptr,
     K, S, piece, pieces, scale,
@@ -72,7 +72,7 @@ def _piece_kernel(
     tl.store(lse_ptr + place, m + tl.log2(l), mask=row < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _join_kernel(
     pieces_ptr, lse_ptr, out_ptr, H, ob, oh, od, pieces,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -133,7 +133,7 @@ def _decode_attention(
     )  # fmt: skip
     _join_kernel[(B * H,)](
         parts, lse, out, H, out.stride(0), out.stride(1), out.stride(3), pieces,
-        D=D, BLOCK_D=block_d, BLOCK_P=triton.next_power_of_2(pieces), num_warps=8, enable_fp_fusion=True,
+        D=D, BLOCK_D=block_d, BLOCK_P=triton.next_power_of_2(tiles.SPLITS), num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -79,7 +79,7 @@ def _scan(
     return acc, l, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "offset"])
 def _flash_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, first_keys_ptr, mask_ptr,
     H, T, S, offset, scale,
@@ -169,7 +169,7 @@ def _fake(q, k, v, causal, starts, lengths, first_keys, mask, offset, return_lse
 
 @launch.operator(
     "flash_attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? starts, Tensor? lengths, Tensor? first_keys,"
-    " Tensor? mask, int offset, bool return_lse) -> (Tensor, Tensor)",
+    " Tensor? mask, SymInt offset, bool return_lse) -> (Tensor, Tensor)",
     _fake,
 )
 def _flash_attention(
@@ -188,6 +188,8 @@ def _flash_attention(
     B, H, T, D = q.shape
     if not (B and H and T):
         return out, lse
+    # Offsets within a tile have 32 bits.
+    q, k, v = (x if max(x.stride()[2:]) <= 2**23 else x.contiguous() for x in (q, k, v))
     block_d = max(16, triton.next_power_of_2(D))
     tile = tiles.prefill(launch.family(q.device), D, q.dtype, T, _has_descriptors(k) and _has_descriptors(v))
     keys, values = k, v

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import library
+from torch.autograd import forward_ad
 from triton.backends.compiler import GPUTarget
 
 from . import interpreter
@@ -31,10 +32,24 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
     def register(launch: Callable[..., Any]) -> Any:
         _library.define(schema)
+
+        def on_its_device(x: torch.Tensor, *rest: Any) -> Any:
+            with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors lie on
+                return launch(x, *rest)
+
         for key in ("CPU", "CUDA"):  # ROCm answers to CUDA
-            _library.impl(name, launch, key)
+            _library.impl(name, on_its_device, key)
         library.register_fake(f"llama_triton::{name}", fake, lib=_library)
         packet = getattr(torch.ops.llama_triton, name)
+        written = [i for i, arg in enumerate(packet.default._schema.arguments) if arg.is_write]
+
+        def count(keys: Any, *args: Any) -> Any:  # as PyTorch's own operations do: autograd sees what was written over
+            torch.autograd.graph.increment_version([args[i] for i in written])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return packet.default.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+        if written:
+            _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
         packet.launch = launch
         return packet
 
@@ -59,7 +74,8 @@ def check(name: str, *tensors: torch.Tensor | None) -> None:
             f"{name}: Triton's kernels run on a GPU, the tensors are on {device}. On a CPU only Triton's interpreter "
             "runs them, for tests: set TRITON_INTERPRET=1 before Python starts"
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if differentiated or getattr(forward_ad, "_current_level", -1) >= 0:
         raise ValueError(f"{name} has no backward kernel yet: call it under torch.no_grad(), or llama.ops in its place")
 
 

@@ -68,7 +68,7 @@ def _rope_kernel(
 
 def _run(q, k, v, cos, sin, places, q_out, k_out, v_out) -> None:
     B, H, T, D = q.shape
-    if not (B and T):
+    if not (B and T and D):
         return
     K = k.shape[1]
     store = places is not None

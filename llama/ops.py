@@ -30,9 +30,19 @@ except ImportError:
     CAN_TELL = False  # then nothing takes the detour
 
 BACKENDS = ("auto", "torch", "triton")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+WIDEST_ROW = 16384  # of the kernels for RMSNorm: kernels/tiles.py says the same
 LARGE = 2**25  # a matrix of as many numbers takes one core some five milliseconds to read
 IN_CACHE = 2**15  # weights of fewer numbers stay in a core's cache, and NumPy's detour costs more than it brings
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is a Triton that the kernels know: 3.6 or later."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
 def check_backend(backend: str) -> str:
@@ -45,12 +55,16 @@ def check_backend(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton":
-        if not HAS_TRITON:
-            raise ValueError('the triton backend needs Triton: pip install triton (Linux), or backend="torch"')
+        if not has_triton():
+            raise ValueError('the triton backend needs Triton 3.6 or later: pip install triton, or backend="torch"')
         if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
             raise ValueError(
                 'the triton backend needs a GPU and there is none; backend="torch" runs here. For tests '
                 "TRITON_INTERPRET=1, set before Python starts, runs the kernels on a CPU, slowly"
+            )
+        if torch.cuda.is_available() and not _kernels_were_made_for(None):
+            raise ValueError(
+                "the triton backend wants NVIDIA's GPUs from Ampere on, or AMD's Instinct; backend='torch' runs here"
             )
     return backend
 
@@ -65,6 +79,8 @@ def uses_triton(backend: str, *tensors: torch.Tensor) -> bool:
     """Whether the kernels compute with these: they are asked for or "auto" finds a GPU, and no gradient is wanted."""
     if backend == "torch" or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return False
+    if _is_transformed():
+        return False
     if backend == "triton":
         return True
     device, dtype = tensors[0].device, tensors[0].dtype
@@ -72,11 +88,22 @@ def uses_triton(backend: str, *tensors: torch.Tensor) -> bool:
     return fits and device.type == "cuda" and _has_kernels(device.index)
 
 
-@torch.compiler.assume_constant_result
-@cache
+def _is_transformed() -> bool:
+    """Whether vmap or a forward derivative is under way, of which the operators know nothing."""
+    if torch.compiler.is_compiling() or not CAN_TELL:
+        return False
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+@torch.compiler.assume_constant_result  # outermost: torch.compile looks through a cache
 def _has_kernels(index: int | None) -> bool:
+    return _kernels_were_made_for(index)
+
+
+@cache
+def _kernels_were_made_for(index: int | None) -> bool:
     """Whether the kernels were made for this GPU: NVIDIA's from Ampere on, AMD's Instinct."""
-    if not HAS_TRITON:
+    if not has_triton():
         return False
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.startswith(("gfx90a", "gfx94", "gfx95"))
@@ -231,7 +258,7 @@ def runs_bare(module: nn.Module) -> bool:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
     """x / sqrt(mean(x²) + ε) in float32, rounded to x's dtype, then times weight    (Zhang & Sennrich 2019, eq. 4)"""
-    if uses_triton(backend, x, weight):
+    if x.shape[-1] <= WIDEST_ROW and uses_triton(backend, x, weight):
         from .kernels import rms_norm as kernel
 
         return kernel.rms_norm(x, weight, eps)
@@ -249,7 +276,7 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(residual + x), residual + x): the end of one sub-layer and the start of the next."""
-    if uses_triton(backend, x, residual, weight):
+    if x.shape[-1] <= WIDEST_ROW and uses_triton(backend, x, residual, weight):
         from .kernels import rms_norm as kernel
 
         return kernel.add_rms_norm(x, residual, weight, eps)
@@ -325,7 +352,8 @@ def attention(
             queries being the last T of S; a `Padding` is causal too. The kernels take these two, and leave masks of
             four axes to PyTorch.
     """
-    if not isinstance(mask, torch.Tensor) and not dropout and q.shape[-1] <= 256 and uses_triton(backend, q, k, v):
+    fits = q.shape[-1] <= 256 and q.dtype == k.dtype == v.dtype  # of several dtypes autocast makes one
+    if fits and not isinstance(mask, torch.Tensor) and not dropout and uses_triton(backend, q, k, v):
         return _attend_in_triton(q, k, v, mask)
     if isinstance(mask, Padding):
         mask = as_mask(mask, q.shape[2], k.shape[2])
