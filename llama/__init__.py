@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from .modeling import LlamaForTokenClassification as LlamaForTokenClassification
     from .modeling import LlamaModel as LlamaModel
     from .pretrained import LlamaPreTrainedModel as LlamaPreTrainedModel
-    from .tokenizer import LlamaTokenizerFast as LlamaTokenizerFast
+    from .tokenization import BatchEncoding as BatchEncoding
+    from .tokenization import LlamaTokenizer as LlamaTokenizer
+    from .tokenization import LlamaTokenizerFast as LlamaTokenizerFast
+    from .tokenization import TextStream as TextStream
+    from .tokenization import load_tokenizer as load_tokenizer
 
 # module -> the names that live in it
 _NAMES = {
@@ -62,7 +66,7 @@ _NAMES = {
         "LlamaModel",
     ),
     "pretrained": ("LlamaPreTrainedModel",),
-    "tokenizer": ("LlamaTokenizerFast",),
+    "tokenization": ("BatchEncoding", "LlamaTokenizer", "LlamaTokenizerFast", "TextStream", "load_tokenizer"),
 }
 _HOMES = {name: f"llama.{module}" for module, names in _NAMES.items() for name in names}
 _MODULES = ("hf", "kernels", "reference")

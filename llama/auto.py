@@ -6,7 +6,7 @@ from .modeling import LlamaForQuestionAnswering as AutoModelForQuestionAnswering
 from .modeling import LlamaForSequenceClassification as AutoModelForSequenceClassification
 from .modeling import LlamaForTokenClassification as AutoModelForTokenClassification
 from .modeling import LlamaModel as AutoModel
-from .tokenizer import LlamaTokenizerFast as AutoTokenizer
+from .tokenization import AutoTokenizer
 
 __all__ = [
     "AutoConfig",

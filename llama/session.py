@@ -10,7 +10,7 @@ import numpy as np
 
 from . import reference
 from .checkpoints import Checkpoint, open_checkpoint
-from .tokenizer import LlamaTokenizerFast, TextStream
+from .tokenization import LlamaTokenizerFast, TextStream
 
 Ends = int | list[int] | None
 BACKENDS = ("auto", "torch", "triton", "reference")

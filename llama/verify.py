@@ -10,7 +10,7 @@ from . import reference
 from .checkpoints import Checkpoint
 from .modeling import LlamaForCausalLM
 from .progress import progress
-from .tokenizer import LlamaTokenizerFast
+from .tokenization import LlamaTokenizerFast
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is Tokyo. The capital of Italy is",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama import LlamaTokenizerFast
 from llama.checkpoints.gguf import GGUFFile, byte_level_bpe, sentencepiece_bpe
-from llama.tokenizer import TextStream
+from llama.tokenization import TextStream
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Bytes for which SmolLM2's vocabulary has no token of their own.

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ..reference.rope import deinterleave
+from ..tokenization.building import LLAMA3_WORDS, sentencepiece_bpe
 
 if TYPE_CHECKING:
     import torch
@@ -254,10 +255,6 @@ def hugging_face_name(name: str) -> str:
 
 
 # How text is cut before byte-pair encoding, by `tokenizer.ggml.pre`.
-LLAMA3_WORDS = (  # Meta's llama-models, tokenizer.py
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -284,29 +281,4 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_NAMES))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def sentencepiece_bpe(pieces: list[str], scores: list[float], add_space_prefix: bool) -> Tokenizer:
-    """SentencePiece's kind of tokenizer, which Llama 1 and 2 use: of all pairs that make a piece, the one with the
-    best score merges first, the leftmost among equals; what no piece covers is spelt in bytes."""
-    if len(scores) != len(pieces):
-        raise ValueError(f"the tokenizer has {len(pieces)} tokens and {len(scores)} scores")
-    vocab = {piece: number for number, piece in enumerate(pieces)}
-    pairs = [
-        (-scores[number], left, right)
-        for piece, number in vocab.items()
-        for cut in range(1, len(piece))
-        if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
-    ]
-    pairs.sort(key=lambda pair: (pair[0], -len(pair[1]), -len(pair[2])))  # among equals the longer pieces go first
-    unk = pieces[0]
-    merges = [(left, right) for _, left, right in pairs]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    replace = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if add_space_prefix else replace
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)] * add_space_prefix
-    )
     return tokenizer

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from ..progress import progress
+from ..tokenization.fast import read_tokenizer_json
 
 if TYPE_CHECKING:
     import torch
@@ -81,13 +82,12 @@ class HuggingFaceFolder:
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         path = self.path / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: the tokenizer is read from there")
+        if not path.exists() and (self.path / "tokenizer.model").exists():
+            from ..tokenization import LlamaTokenizerFast
+
+            return LlamaTokenizerFast.from_pretrained(self.path).contents()
         settings = self.path / "tokenizer_config.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+        tokenizer = read_tokenizer_json(path)
         config = read_json(settings) if settings.exists() else {}
         template = self.path / "chat_template.jinja"  # where transformers 5 puts it
         if template.exists():

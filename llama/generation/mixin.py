@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..cache import Cache, DynamicCache, StaticCache, as_cache
 from ..outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from ..tokenizer import TextStream
+from ..tokenization import TextStream
 from .config import GenerationConfig
 from .processors import LogitsProcessorList, processors_for
 from .stopping import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria, criteria_for

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..tokenizer import LlamaTokenizerFast, TextStream
+from ..tokenization import LlamaTokenizerFast, TextStream
 
 
 class BaseStreamer:

@@ -1,0 +1,778 @@
+"""What both tokenizers share: everything around the ids of a text."""
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from tokenizers import AddedToken
+
+from . import chat, special
+from .batch import BARE, BatchEncoding, Frame, Pieces, Places, Row, as_tensors, kept_range, windows
+from .options import VERY_LARGE, Options, check_side
+from .special import NAMES, as_token, flags_of
+
+# Keywords of transformers' from_pretrained that change nothing here: files are local and never run.
+IDLE = {"cache_dir", "force_download", "local_files_only", "token", "trust_remote_code", "resume_download", "proxies"}
+OPTIONS = [field.name for field in fields(Options)]
+# What tokenizer_config.json says that is not the same for every tokenizer class.
+SETTINGS = {
+    "additional_special_tokens", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
+    "chat_template", "clean_up_tokenization_spaces", "extra_special_tokens", "legacy", "model_input_names",
+    "model_max_length", "padding_side", "sp_model_kwargs", "spaces_between_special_tokens", "split_special_tokens",
+    "truncation_side", "use_default_system_prompt", *NAMES,
+}  # fmt: skip
+
+
+class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
+    """transformers' interface of a tokenizer. A subclass knows how a text becomes ids, and ids a text."""
+
+    vocab_files_names: ClassVar = {"vocab_file": "tokenizer.model"}
+    is_fast: bool
+    pad_token_type_id = 0
+    name_or_path = ""
+
+    def _set_up(self, settings: Mapping[str, Any], padding_side: str) -> None:
+        """Take what a constructor or tokenizer_config.json says; the special tokens are the subclass's to register."""
+        self.init_kwargs = dict(settings)
+        self._named, self._additional, self._demoted = {}, [], set()
+        self.padding_side = settings.get("padding_side") or padding_side
+        self.truncation_side = settings.get("truncation_side") or "right"
+        self.model_max_length = int(settings.get("model_max_length") or VERY_LARGE)
+        self.model_input_names = list(settings.get("model_input_names") or ["input_ids", "attention_mask"])
+        self.clean_up_tokenization_spaces = bool(settings.get("clean_up_tokenization_spaces", False))
+        self.spaces_between_special_tokens = bool(settings.get("spaces_between_special_tokens", False))
+        self.split_special_tokens = bool(settings.get("split_special_tokens", False))
+        self.use_default_system_prompt = bool(settings.get("use_default_system_prompt", False))
+        self.chat_template = chat.templates(settings.get("chat_template"))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("padding_side", "truncation_side"):
+            check_side(name, value)
+        super().__setattr__(name, value)
+
+    # What a subclass knows
+
+    @abstractmethod
+    def _encode_texts(self, texts: list[str], split_special_tokens: bool) -> list[Pieces]:
+        """The pieces of each text, without special tokens around it."""
+
+    @abstractmethod
+    def _frame(self, pair: bool) -> Frame:
+        """The special tokens around a text, or a pair."""
+
+    @abstractmethod
+    def _join(self, ids: list[int], spaces: bool) -> str:
+        """The text of ids that all have a token."""
+
+    @abstractmethod
+    def _add(self, token: AddedToken) -> None:
+        """Add one token, or mark the one of this content as added."""
+
+    @abstractmethod
+    def _vocabulary_files(self, folder: Path, prefix: str) -> list[Path]:
+        """Write the vocabulary; give the files."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The tokens of the vocabulary, without added ones."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The tokens of the vocabulary and added ones."""
+
+    @abstractmethod
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every token."""
+
+    @abstractmethod
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text that tokens make together."""
+
+    # Text to ids
+
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
+        add_special_tokens: bool = True,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
+        split_special_tokens: bool | None = None,
+    ) -> BatchEncoding:
+        """A text, or several, as a model's inputs: `input_ids`, `attention_mask`, and what else is asked for.
+
+        Args:
+            text: a text, or a list of them; with `is_split_into_words` a list of words, or a list of such lists.
+            text_pair: a second text for each.
+            text_target: texts whose ids come out as `labels`.
+            text_pair_target: a second text for each of those.
+
+        The others are those of `Options`.
+        """
+        given = locals()
+        options = Options(**{name: given[name] for name in OPTIONS})
+        if text is None and text_target is None:
+            raise ValueError("text must be a string or a list of strings, got NoneType")
+        made = None if text is None else self._call(text, text_pair, options)
+        if text_target is None:
+            assert made is not None
+            return made
+        target = self._call(text_target, text_pair_target, Options(**{name: given[name] for name in OPTIONS}))
+        if made is None:
+            return target
+        made["labels"] = target["input_ids"]
+        return made
+
+    def _call(self, text: Any, pair: Any, options: Options) -> BatchEncoding:
+        many = isinstance(text, list | tuple) and not (
+            options.is_split_into_words and (not text or isinstance(text[0], str))
+        )
+        if not many:
+            if not isinstance(text, str | list | tuple):
+                raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
+            return self._batch([(text, pair)], options, single=True)
+        if pair is None:
+            return self._batch([self._split_pair(item, options) for item in text], options)
+        if not isinstance(pair, list | tuple) or len(pair) != len(text):
+            raise ValueError("text_pair must be a list as long as text when that is a list")
+        return self._batch(list(zip(text, pair, strict=True)), options)
+
+    @staticmethod
+    def _split_pair(item: Any, options: Options) -> tuple[Any, Any]:
+        """A list of two strings, or of two lists of words, is a pair."""
+        inner = list if options.is_split_into_words else str
+        is_pair = isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], inner)
+        return (item[0], item[1]) if is_pair else (item, None)
+
+    def _batch(
+        self,
+        items: list[tuple[Any, Any]],
+        options: Options,
+        single: bool = False,
+        direct: bool = False,
+        given_ids: bool = False,
+    ) -> BatchEncoding:
+        """Encode, cut, frame, fill up. With `direct`, items may be tokens or ids."""
+        if not items:
+            raise ValueError("text is an empty list; give at least one string")
+        options.resolve(self)
+        if options.return_offsets_mapping and not self.is_fast:
+            raise ValueError("return_offsets_mapping: only LlamaTokenizerFast knows where its tokens come from")
+        windowed = self.is_fast and options.return_overflowing_tokens and not given_ids
+        halves = [half for pair in items for half in pair if half is not None]
+        encoded = iter(self._encode_all(halves, options, direct))
+        frames = {pair: self._frame(pair) if options.add_special_tokens else BARE
+                  for pair in {second is not None for _, second in items}}  # fmt: skip
+        if options.is_plain and list(frames) == [False]:
+            return self._plainly(list(encoded), frames[False], options, single)
+        rows: list[Row] = []
+        for number, (_, second) in enumerate(items):
+            texts = (next(encoded),) if second is None else (next(encoded), next(encoded))
+            rows += self._rows(texts, frames[second is not None], options, number, windowed)
+        if options.padding != "do_not_pad":
+            self._pad_rows(rows, options)
+        return self._finished(rows, options, single, windowed)
+
+    def _encode_all(self, items: list[Any], options: Options, direct: bool) -> list[Pieces]:
+        flat: list[str] = []
+        plan: list[Pieces | int | None] = []  # ready ones; a number of words; None for one text
+        for item in items:
+            words = isinstance(item, list | tuple)
+            if isinstance(item, str):
+                plan.append(None)
+                flat.append(item)
+            elif words and options.is_split_into_words and all(isinstance(word, str) for word in item):
+                plan.append(len(item))
+                flat += item
+            elif words and direct and all(isinstance(token, str) for token in item):
+                plan.append(Pieces([self._id_or_unk(token) for token in item]))
+            elif words and direct and all(isinstance(number, int | np.integer) for number in item):
+                plan.append(Pieces(self._checked(item)))
+            else:
+                wanted = "a list of words" if options.is_split_into_words else "a string"
+                found = f"a list of {type(item[0]).__name__}" if words and item else type(item).__name__
+                raise ValueError(f"text must be {wanted}, got {found}")
+        encoded = iter(self._encode_texts(flat, bool(options.split_special_tokens)) if flat else [])
+        made: list[Pieces] = []
+        for one in plan:
+            if isinstance(one, Pieces):
+                made.append(one)
+            else:
+                made.append(next(encoded) if one is None else _joined([next(encoded) for _ in range(one)]))
+        return made
+
+    def _rows(
+        self, texts: tuple[Pieces, ...], frame: Frame, options: Options, sample: int, windowed: bool
+    ) -> list[Row]:
+        """The row of a text or a pair; what is cut off makes more rows if `windowed`, else a list beside it."""
+        overflowing = options.return_overflowing_tokens
+        if options.truncation == "do_not_truncate" and not overflowing:
+            return [Row(texts, None, frame, sample)]
+        if overflowing and len(texts) > 1 and options.truncation == "longest_first":
+            raise ValueError(
+                "return_overflowing_tokens needs truncation='only_first' or 'only_second' for a pair of texts"
+            )
+        lengths = [len(text.ids) for text in texts]
+        cut = options.truncation != "do_not_truncate" and options.max_length is not None
+        excess = sum(lengths) + len(frame) - options.max_length if cut else 0  # type: ignore[operator]
+        if excess <= 0 and not overflowing:
+            return [Row(texts, None, frame, sample)]
+        removed = _removals(lengths, excess, options.truncation)
+        side = self.truncation_side
+        kept = [kept_range(length, length - out, side) for length, out in zip(lengths, removed, strict=True)]
+        if not overflowing:
+            return [Row(texts, kept, frame, sample)]
+        if windowed:
+            which = 1 if options.truncation == "only_second" else 0
+            stretches = [kept[which]]
+            if removed[which]:
+                stretches = windows(lengths[which], len(kept[which]), options.stride, side)
+            return [Row(texts, [*kept[:which], one, *kept[which + 1 :]], frame, sample) for one in stretches]
+        rest = [_overflow(text.ids, out, options.stride, side) for text, out in zip(texts, removed, strict=True)]
+        extra = {"overflowing_tokens": [i for part in rest for i in part], "num_truncated_tokens": sum(removed)}
+        return [Row(texts, kept, frame, sample, extra)]
+
+    def _plainly(self, texts: list[Pieces], frame: Frame, options: Options, single: bool) -> BatchEncoding:
+        """What `_rows` and `_finished` give where nothing is to be cut, filled up or added: most calls, sooner."""
+        before, _, after = frame.ids
+        values: dict[str, Any] = {"input_ids": [before + text.ids + after for text in texts]}
+        if options.return_attention_mask:
+            values["attention_mask"] = [[1] * len(ids) for ids in values["input_ids"]]
+        if single and options.return_tensors is None:
+            values = {name: value[0] for name, value in values.items()}
+        rows = (lambda: [Row((text,), None, frame, n) for n, text in enumerate(texts)]) if self.is_fast else None
+        return BatchEncoding(as_tensors(values, options.return_tensors), rows, self._name)
+
+    def _pad_rows(self, rows: list[Row], options: Options) -> None:
+        length = max(len(row.ids) for row in rows)
+        if options.padding == "max_length" and options.max_length is not None:
+            length = options.max_length
+        length = _multiple(length, options.pad_to_multiple_of)
+        assert self.pad_token_id is not None
+        assert options.padding_side is not None
+        side, token = options.padding_side, self.pad_token_id
+        for row in rows:
+            row.pad(length, side, token)
+
+    def _finished(self, rows: list[Row], options: Options, single: bool, windowed: bool) -> BatchEncoding:
+        values: dict[str, list[Any]] = {
+            name: [row.extra[name] for row in rows if row.extra] for name in rows[0].extra or ()
+        }
+        values["input_ids"] = [row.ids for row in rows]
+        if options.return_token_type_ids:
+            values["token_type_ids"] = [row.types(self.pad_token_type_id) for row in rows]
+        if options.return_special_tokens_mask:
+            values["special_tokens_mask"] = [row.special for row in rows]
+        if options.return_attention_mask:
+            values["attention_mask"] = [row.attention for row in rows]
+        if options.return_offsets_mapping:
+            values["offset_mapping"] = [row.spans for row in rows]
+        if options.return_length:
+            values["length"] = [sum(row.attention) for row in rows]
+        if windowed:
+            values["overflow_to_sample_mapping"] = [row.sample for row in rows]
+        finished: dict[str, Any] = values
+        if single and options.return_tensors is None and not windowed:
+            finished = {name: value[0] for name, value in values.items()}
+        finished = as_tensors(finished, options.return_tensors)
+        return BatchEncoding(finished, (lambda: rows) if self.is_fast else None, self._name)
+
+    def encode(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The ids of a text, with the special tokens around it unless told otherwise. The text may be tokens or ids."""
+        options = kwargs | dict(
+            add_special_tokens=add_special_tokens, padding=padding, truncation=truncation, max_length=max_length,
+            stride=stride, padding_side=padding_side, return_tensors=return_tensors,
+        )  # fmt: skip
+        return self.encode_plus(text, text_pair, **options)["input_ids"]
+
+    def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        """`__call__` for one text, which may also be tokens or ids."""
+        if not isinstance(text, str | list | tuple):
+            raise ValueError(f"text must be a string, got {type(text).__name__}")
+        return self._batch([(text, text_pair)], self._options(kwargs), single=True, direct=True)
+
+    def batch_encode_plus(self, batch_text_or_text_pairs: Sequence[Any], **kwargs: Any) -> BatchEncoding:
+        """`__call__` for several texts, or pairs of them."""
+        options = self._options(kwargs)
+        if not isinstance(batch_text_or_text_pairs, list | tuple):
+            raise ValueError(f"a batch must be a list, got {type(batch_text_or_text_pairs).__name__}")
+        return self._batch([self._split_pair(item, options) for item in batch_text_or_text_pairs], options, direct=True)
+
+    def prepare_for_model(
+        self, ids: list[int], pair_ids: list[int] | None = None, prepend_batch_axis: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        """`__call__` for ids: cut, framed with special tokens, filled up."""
+        if not isinstance(ids, list | tuple) or not all(
+            isinstance(i, int | np.integer) for i in [*ids, *(pair_ids or [])]
+        ):
+            raise ValueError(f"ids must be a list of whole numbers, got {ids!r}")
+        return self._batch(
+            [(ids, pair_ids)], self._options(kwargs), single=not prepend_batch_axis, direct=True, given_ids=True
+        )
+
+    @staticmethod
+    def _options(kwargs: dict[str, Any]) -> Options:
+        for name in kwargs:
+            if name not in OPTIONS:
+                raise ValueError(f"{name!r} is no option of the tokenizer; there are {', '.join(OPTIONS)}")
+        return Options(**kwargs)
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """The tokens of a text, as text."""
+        options = self._options(kwargs | {"add_special_tokens": add_special_tokens})
+        encoded = [one for one in (text, pair) if one is not None]
+        if not all(isinstance(one, str) for one in encoded):
+            raise ValueError(f"text must be a string, got {type(text).__name__}")
+        split = self.split_special_tokens if options.split_special_tokens is None else options.split_special_tokens
+        found = self._encode_texts([*encoded], split)
+        frame = self._frame(pair is not None) if add_special_tokens else BARE
+        names = [[self._name(number) for number in ids] for ids in frame.ids]
+        texts = [[self._name(number) for number in one.ids] for one in found]
+        return [*names[0], *texts[0], *names[1], *(texts[1] if pair is not None else []), *names[2]]
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: Any = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Fill up what has been encoded: one dictionary of lists or of lists of lists, or a list of dictionaries."""
+        if isinstance(encoded_inputs, list | tuple) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
+            encoded_inputs = {name: [one[name] for one in encoded_inputs] for name in encoded_inputs[0]}
+        if not isinstance(encoded_inputs, Mapping) or "input_ids" not in encoded_inputs:
+            raise ValueError("give an encoding or a list of them; each needs input_ids")
+        values = {name: _as_lists(value) for name, value in encoded_inputs.items()}
+        options = Options(
+            padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
+            return_attention_mask=return_attention_mask, return_tensors=return_tensors, truncation=False,
+        ).resolve(self)  # fmt: skip
+        single = not values["input_ids"] or not isinstance(values["input_ids"][0], list)
+        rows = {name: [value] if single else value for name, value in values.items()}
+        if options.return_attention_mask and "attention_mask" not in rows:
+            rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
+        lengths = [len(row) for row in rows["input_ids"]]
+        length = max(lengths, default=0)
+        if options.padding == "max_length" and options.max_length is not None:
+            length = options.max_length
+        if options.padding != "do_not_pad":
+            length = _multiple(length, pad_to_multiple_of)
+            fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "special_tokens_mask": 1}
+            fill |= {"token_type_ids": self.pad_token_type_id, "offset_mapping": (0, 0)}  # type: ignore[dict-item]
+            for name in fill.keys() & rows.keys():
+                rows[name] = [
+                    _filled(row, length - size, fill[name], options.padding_side == "left")
+                    for row, size in zip(rows[name], lengths, strict=True)
+                ]
+        alone = single and return_tensors is None
+        return BatchEncoding(as_tensors({n: v[0] if alone else v for n, v in rows.items()}, return_tensors))
+
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        truncation_strategy: Any = "longest_first",
+        stride: int = 0,
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """Ids, the pair's, and what was cut off with `stride` tokens before it."""
+        strategy = getattr(truncation_strategy, "value", truncation_strategy)
+        texts = [ids] if pair_ids is None else [ids, pair_ids]
+        removed = _removals([len(text) for text in texts], num_tokens_to_remove, strategy)
+        side = self.truncation_side
+        kept = [
+            [text[i] for i in kept_range(len(text), len(text) - out, side)]
+            for text, out in zip(texts, removed, strict=True)
+        ]
+        overflow: list[int] = []
+        if pair_ids is None or strategy != "longest_first":
+            overflow = [i for t, out in zip(texts, removed, strict=True) for i in _overflow(t, out, stride, side)]
+        return kept[0], None if pair_ids is None else kept[1], overflow
+
+    # Special tokens around a text
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many special tokens stand around a text, or a pair."""
+        return len(self._frame(pair))
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """The longest text that fits into the model."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """The longest pair that fits into the model."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+    def _framed(self, first: list[int], second: list[int] | None) -> Row:
+        texts = tuple(Pieces(list(ids)) for ids in (first, second) if ids is not None)
+        return Row(texts, None, self._frame(second is not None))
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The ids of a text, or a pair, with the special tokens around."""
+        return self._framed(token_ids_0, token_ids_1).ids
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """0 for what `build_inputs_with_special_tokens` makes of the first text, 1 for what it makes of the second."""
+        return self._framed(token_ids_0, token_ids_1).types(self.pad_token_type_id)
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for special tokens and 0 for those of a text, of what `build_inputs_with_special_tokens` makes.
+
+        Args:
+            already_has_special_tokens: the ids are what it has made.
+        """
+        if not already_has_special_tokens:
+            return self._framed(token_ids_0, token_ids_1).special
+        if token_ids_1 is not None:
+            raise ValueError(
+                "You should not supply a second sequence if the provided sequence of ids is already formatted with "
+                "special tokens for the model."
+            )
+        special_ids = set(self.all_special_ids)
+        return [int(number in special_ids) for number in token_ids_0]
+
+    # Ids to text
+
+    def knows(self, token: int) -> bool:
+        """Whether there is a token of this id. A model's vocabulary may be padded beyond its tokenizer's."""
+        return token >= 0 and self._token_of(token) is not None
+
+    def _name(self, number: int) -> str:
+        token = self._token_of(number)
+        assert token is not None
+        return token
+
+    def _checked(self, ids: Iterable[Any]) -> list[int]:
+        numbers = [int(i) for i in ids]
+        for number in numbers:
+            if not self.knows(number):
+                raise ValueError(f"ids must be those of tokens, below {len(self)} as a rule; got {number}")
+        return numbers
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool | None = None,
+    ) -> Any:
+        """The text of ids; of a list of lists, a list of texts. Bytes that make no character become U+FFFD.
+
+        Args:
+            clean_up_tokenization_spaces: take the space before punctuation and English contractions out.
+            spaces_between_special_tokens: put a space on both sides of added tokens. SentencePiece's vocabularies only.
+
+        Without a word, both are as the tokenizer was made.
+        """
+        ids = _as_lists(token_ids)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+        if isinstance(ids, str | Mapping) or not isinstance(ids, int | Iterable):
+            raise ValueError(f"ids must be numbers, got {type(token_ids).__name__}")
+        numbers = self._checked([ids] if isinstance(ids, int) else ids)
+        if skip_special_tokens:
+            silent = set(self.all_special_ids)
+            numbers = [number for number in numbers if number not in silent]
+        spaces = spaces_between_special_tokens
+        text = self._join(numbers, self.spaces_between_special_tokens if spaces is None else spaces)
+        clean = clean_up_tokenization_spaces
+        return (
+            self.clean_up_tokenization(text)
+            if (self.clean_up_tokenization_spaces if clean is None else clean)
+            else text
+        )
+
+    def batch_decode(
+        self, sequences: Iterable, skip_special_tokens: bool = False, *args: Any, **kwargs: Any
+    ) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids, skip_special_tokens, *args, **kwargs) for ids in sequences]
+
+    @staticmethod
+    def clean_up_tokenization(out_string: str) -> str:
+        """A text without the space before punctuation and English contractions."""
+        for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+            out_string = out_string.replace(spaced, spaced.strip())
+        return out_string
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or the tokens of several, as text."""
+        ids = _as_lists(ids)
+        if isinstance(ids, int):
+            return self._name(self._checked([ids])[0])
+        silent = set(self.all_special_ids) if skip_special_tokens else set()
+        return [self._name(number) for number in self._checked(ids) if number not in silent]
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """The id of a token, or of several; `unk_token_id` for what is none."""
+        if tokens is None or isinstance(tokens, str):
+            return None if tokens is None else self._id_or_unk(tokens)
+        return [self._id_or_unk(token) for token in tokens]
+
+    def _id_or_unk(self, token: str) -> Any:
+        if not isinstance(token, str):
+            raise ValueError(f"a token must be a string, got {type(token).__name__}")
+        number = self._id_of(token)
+        return self.unk_token_id if number is None else number
+
+    # More tokens
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Make tokens of strings that text is searched for before anything else. Gives how many are new.
+
+        Args:
+            special_tokens: whether decoding can skip them.
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens or [])
+        before = len(self)
+        for token in tokens:
+            named = str(token) in self.all_special_tokens or special_tokens
+            made = as_token(token, "a new token", normalized=not named, special=named)
+            if special_tokens and not made.special:
+                made = special.copy_of(made, special=True)
+            if not made.content:
+                continue
+            self._add(made)
+            if made.special and made.content not in self.special_names:
+                self._additional.append(made)
+        return len(self) - before
+
+    @property
+    def special_names(self) -> set[str]:
+        """The special tokens that have a name or are listed as additional ones."""
+        return {token.content for token in [*self._named.values(), *self._additional]}
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
+    ) -> int:
+        """Set special tokens by name ("bos_token", ..., "additional_special_tokens"); those that are new are added.
+
+        Returns:
+            How many are new.
+        """
+        before = len(self)
+        for name, value in special_tokens_dict.items():
+            if name in NAMES:
+                token = as_token(value, name, normalized=False, special=True)
+                self._add(special.copy_of(token, special=True))
+                setattr(self, name, token)
+            elif name in ("additional_special_tokens", "extra_special_tokens"):
+                made = [as_token(token, name, normalized=False, special=True) for token in value]
+                for token in made:
+                    self._add(special.copy_of(token, special=True))
+                kept = [] if replace_additional_special_tokens else self._additional
+                names = {token.content for token in kept}
+                self._replace_additional([*kept, *(token for token in made if token.content not in names)])
+            else:
+                raise ValueError(
+                    f"{name!r} is no special token; there are {', '.join(NAMES)}, additional_special_tokens"
+                )
+        return len(self) - before
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The ids of the added tokens, special ones among them."""
+        return {token.content: number for number, token in self.added_tokens_decoder.items()}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The ids of the added tokens, special ones among them."""
+        return self.added_tokens_encoder
+
+    # Files
+
+    def _settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of this tokenizer."""
+        said: dict[str, Any] = {name: value for name, value in self.init_kwargs.items() if name not in SETTINGS}
+        said |= {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+        for name in ("vocab_file", "tokenizer_file", "name_or_path"):
+            said.pop(name, None)
+        if self._additional:
+            said["additional_special_tokens"] = self.additional_special_tokens
+        said["added_tokens_decoder"] = {str(number): flags_of(t) for number, t in self.added_tokens_decoder.items()}
+        for name in ("clean_up_tokenization_spaces", "model_max_length", "spaces_between_special_tokens"):
+            said[name] = getattr(self, name)
+        said["use_default_system_prompt"] = self.use_default_system_prompt
+        said |= {n: getattr(self, n) for n in ("padding_side", "truncation_side") if n in self.init_kwargs}
+        default = "left" if self.is_fast else "right"
+        if self.padding_side != default:
+            said["padding_side"] = self.padding_side
+        if self.truncation_side != "right":
+            said["truncation_side"] = self.truncation_side
+        if self.split_special_tokens:
+            said["split_special_tokens"] = True
+        if self.chat_template:
+            said["chat_template"] = chat.as_saved(self.chat_template)
+        said["tokenizer_class"] = type(self).__name__
+        return said
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+    ) -> tuple[str, ...]:
+        """Write the tokenizer's files into a folder, as transformers reads them; gives their paths."""
+        if push_to_hub:
+            raise ValueError("push_to_hub: files are written here only; upload the folder yourself")
+        if legacy_format is False and not self.is_fast:
+            raise ValueError("legacy_format=False: only LlamaTokenizerFast can write a tokenizer.json")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory ({folder}) is a file; give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        start = f"{filename_prefix}-" if filename_prefix else ""
+        said = {
+            "tokenizer_config.json": self._settings(),
+            "special_tokens_map.json": {
+                name: [flags(t) for t in value] if isinstance(value, list) else flags(value)
+                for name, value in self.special_tokens_map_extended.items()
+            },
+        }
+        added = {t: n for t, n in self.get_added_vocab().items() if n >= self.vocab_size}
+        paths = [_written(folder / f"{start}{name}", content) for name, content in said.items()]
+        paths += self._vocabulary_files(folder, start)
+        if added:
+            paths.append(_written(folder / f"{start}added_tokens.json", added))
+        return tuple(str(path) for path in [*paths, *self._library_files(folder, start)])
+
+    def _library_files(self, folder: Path, prefix: str) -> list[Path]:
+        """Write the tokenizer.json, if this is a tokenizer that has one; give the files."""
+        return []
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """The tokenizer of a model on disk."""
+
+    @staticmethod
+    def _meant(kwargs: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+        """The options that were given, less those that mean nothing here.
+
+        Raises:
+            ValueError: there is no such option.
+        """
+        legal = {*SETTINGS, *known}
+        for name in kwargs:
+            if name not in legal and name not in IDLE:
+                raise ValueError(f"{name!r} is no option of the tokenizer; there are {', '.join(sorted(legal))}")
+        return {name: value for name, value in kwargs.items() if name in legal}
+
+    def __repr__(self) -> str:
+        named = {name: token.content for name, token in self._named.items()}
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, is_fast={self.is_fast}, padding_side={self.padding_side!r}, "
+            f"truncation_side={self.truncation_side!r}, special_tokens={named})"
+        )
+
+
+def flags(token: AddedToken) -> dict[str, Any]:
+    """The token as special_tokens_map.json writes it."""
+    return {name: value for name, value in flags_of(token).items() if name != "special"}
+
+
+def _written(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _removals(lengths: list[int], count: int, strategy: str) -> list[int]:
+    """How many tokens to take from each text so that `count` go in all."""
+    removed = [0] * len(lengths)
+    if count <= 0 or strategy == "do_not_truncate":
+        return removed
+    if strategy == "only_second" and len(lengths) == 1:
+        raise ValueError("truncation='only_second' needs a second text; use 'only_first' or 'longest_first'")
+    if strategy == "longest_first" and len(lengths) == 2:
+        # One by one from the longer text, from the second where both are equally long.
+        ahead = min(abs(lengths[0] - lengths[1]), count)
+        removed = [(count - ahead) // 2, (count - ahead + 1) // 2]
+        removed[0 if lengths[0] > lengths[1] else 1] += ahead
+    else:
+        removed[1 if strategy == "only_second" else 0] = count
+    for length, out in zip(lengths, removed, strict=True):
+        if out > length:
+            raise ValueError(
+                f"max_length leaves no room: {out} tokens would have to go from a text of {length}; "
+                "raise it, or use truncation='longest_first'"
+            )
+    return removed
+
+
+def _overflow(ids: list[int], out: int, stride: int, side: str) -> list[int]:
+    """What is cut off, with `stride` tokens that stay."""
+    if not out:
+        return []
+    size = min(len(ids), stride + out)
+    return ids[:size] if side == "left" else ids[-size:]
+
+
+def _joined(words: list[Pieces]) -> Pieces:
+    """The pieces of words as those of one text. Each word's characters are counted by themselves."""
+    ids = [number for word in words for number in word.ids]
+    if not words or any(word.places is None for word in words):
+        return Pieces(ids)
+    spans = [span for word in words for span in word.places.offsets]
+    return Pieces(ids, Places(spans, [number for number, word in enumerate(words) for _ in word.ids]))
+
+
+def _multiple(length: int, of: int | None) -> int:
+    return length if not of else -(-length // of) * of
+
+
+def _filled(row: list[Any], count: int, value: Any, left: bool) -> list[Any]:
+    return [value] * count + list(row) if left else list(row) + [value] * count
+
+
+def _as_lists(value: Any) -> Any:
+    """Arrays and tensors as lists of numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,102 @@
+"""Tokenizers of the library `tokenizers`, made from vocabularies."""
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .model_file import BPE, NORMAL, UNUSED, USER_DEFINED, SentencePieceFile
+
+LLAMA3_WORDS = (  # Meta's llama-models, tokenizer.py
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIAL = [  # as of Llama 3.1; Llama 3 calls those that it does not use by other names
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{n}|>" for n in range(3, 248)),
+]  # fmt: skip
+
+
+def from_sentencepiece(file: SentencePieceFile, name: str, legacy: bool, prefix: bool) -> Tokenizer:
+    """What SentencePiece does with a model of Llama's kind.
+
+    A space is put before the text; with `legacy`, before each part between added tokens. The usual way to say the
+    former, Metaspace's "first", leaves it out where the text begins with a space. So spaces are made "▁" beforehand,
+    Metaspace puts a real space in front, which no text can begin with any more, and another one makes that "▁".
+
+    Raises:
+        ValueError: the model is of another kind; `LlamaTokenizer` leaves all to SentencePiece.
+    """
+    if file.model_type != BPE or file.normalized or file.remove_extra_whitespaces or not file.escape_whitespaces:
+        raise ValueError(
+            f"{name} is no model of Llama's kind (byte-pair encoding, text left as it is); use LlamaTokenizer for it"
+        )
+    usable = {p for p, type_ in zip(file.pieces, file.types, strict=True) if type_ in (NORMAL, USER_DEFINED, UNUSED)}
+    tokenizer = sentencepiece_bpe(file.pieces, file.scores, prefix and legacy, usable)
+    if prefix and not legacy:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False),
+            ]
+        )
+    marks = [p for p, type_ in zip(file.pieces, file.types, strict=True) if type_ == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in marks])
+    return tokenizer
+
+
+def sentencepiece_bpe(
+    pieces: list[str], scores: list[float], add_space_prefix: bool, usable: set[str] | None = None
+) -> Tokenizer:
+    """SentencePiece's kind of tokenizer, which Llama 1 and 2 use: of all pairs that make a piece, the one with the
+    best score merges first, the leftmost among equals; what no piece covers is spelt in bytes.
+
+    Args:
+        usable: the pieces that text can become; by default all. Only their parts merge.
+    """
+    if len(scores) != len(pieces):
+        raise ValueError(f"the tokenizer has {len(pieces)} tokens and {len(scores)} scores")
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    known = vocab.keys() if usable is None else usable
+    pairs = [
+        (-scores[vocab[piece]], -cut, cut - len(piece), piece)
+        for piece in known
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    pairs.sort()  # among equals the longer pieces go first
+    merges = [(piece[:-minus], piece[-minus:]) for _, minus, _, piece in pairs]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if add_space_prefix else replace
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * add_space_prefix
+    )
+    return tokenizer
+
+
+def from_ranks(tokens: list[bytes]) -> Tokenizer:
+    """Llama 3's tokenizer: of all pairs of bytes that make a token, the one of the lowest rank merges first."""
+    letters = byte_letters()
+    words = ["".join(letters[byte] for byte in token) for token in tokens]
+    vocab = {word: rank for rank, word in enumerate(words)}
+    merges = []
+    for word in words:
+        cuts = [(word[:cut], word[cut:]) for cut in range(1, len(word)) if word[:cut] in vocab and word[cut:] in vocab]
+        merges += sorted(cuts, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])) if len(cuts) > 1 else cuts
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in LLAMA3_SPECIAL])
+    return tokenizer
+
+
+def byte_letters() -> list[str]:
+    """The letter that byte-level vocabularies write for each byte: its own where it can be seen, else one above 255."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    above = iter(range(256, 512))
+    return [chr(byte) if byte in seen else chr(next(above)) for byte in range(256)]
