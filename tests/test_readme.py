@@ -16,8 +16,9 @@ README = (ROOT / "README.md").read_text()
     ("place", "words"),
     [
         (0, ["The capital of France is Paris"]),
-        (1, ["LlamaForCausalLM, backend='auto'", "LlamaRMSNorm", "61  rms_norm", "30  swiglu"]),
-        (2, ["[' Paris'", "The capital of France is Paris"]),
+        (1, ["system\n", "Où est la gare? 🚉"]),
+        (2, ["LlamaForCausalLM, backend='auto'", "LlamaRMSNorm", "61  rms_norm", "30  swiglu"]),
+        (3, ["[' Paris'", "The capital of France is Paris"]),
     ],
 )
 def test_its_code_runs(tmp_path, place, words):

@@ -151,7 +151,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         if not many:
             if not isinstance(text, str | list | tuple):
                 raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
-            return self._batch([(text, pair)], options, single=True)
+            return self._batch([_item(text, pair)], options, single=True)
         if pair is None:
             return self._batch([self._split_pair(item, options) for item in text], options)
         if not isinstance(pair, list | tuple) or len(pair) != len(text):
@@ -159,24 +159,30 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return self._batch(list(zip(text, pair, strict=True)), options)
 
     @staticmethod
-    def _split_pair(item: Any, options: Options) -> tuple[Any, Any]:
-        """A list of two strings, or of two lists of words, is a pair."""
+    def _split_pair(item: Any, options: Options) -> Any:
+        """What `_batch` takes: a list of two strings, or of two lists of words, is a pair."""
+        if isinstance(item, str):
+            return item
         inner = list if options.is_split_into_words else str
         is_pair = isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], inner)
         return (item[0], item[1]) if is_pair else (item, None)
 
     def _batch(
         self,
-        items: list[tuple[Any, Any]],
+        items: list[Any],
         options: Options,
         single: bool = False,
         direct: bool = False,
         given_ids: bool = False,
     ) -> BatchEncoding:
-        """Encode, cut, frame, fill up. With `direct`, items may be tokens or ids."""
+        """Encode, cut, frame, fill up: strings, and pairs whose second half may be None. With `direct`, what is not a
+        string may be tokens or ids."""
         if not items:
             raise ValueError("text is an empty list; give at least one string")
         options.resolve(self)
+        if options.is_plain and all(isinstance(item, str) for item in items):
+            return self._plainly(items, options, single)
+        items = [(item, None) if isinstance(item, str) else item for item in items]
         if options.return_offsets_mapping and not self.is_fast:
             raise ValueError("return_offsets_mapping: only LlamaTokenizerFast knows where its tokens come from")
         windowed = self.is_fast and options.return_overflowing_tokens and not given_ids
@@ -184,8 +190,6 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         encoded = iter(self._encode_all(halves, options, direct))
         frames = {pair: self._frame(pair) if options.add_special_tokens else BARE
                   for pair in {second is not None for _, second in items}}  # fmt: skip
-        if options.is_plain and list(frames) == [False]:
-            return self._plainly(list(encoded), frames[False], options, single)
         rows: list[Row] = []
         for number, (_, second) in enumerate(items):
             texts = (next(encoded),) if second is None else (next(encoded), next(encoded))
@@ -253,8 +257,10 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         extra = {"overflowing_tokens": [i for part in rest for i in part], "num_truncated_tokens": sum(removed)}
         return [Row(texts, kept, frame, sample, extra)]
 
-    def _plainly(self, texts: list[Pieces], frame: Frame, options: Options, single: bool) -> BatchEncoding:
-        """What `_rows` and `_finished` give where nothing is to be cut, filled up or added: most calls, sooner."""
+    def _plainly(self, strings: list[str], options: Options, single: bool) -> BatchEncoding:
+        """What the rest of `_batch` gives where nothing is to be cut, filled up or added: most calls, sooner."""
+        texts = self._encode_texts(strings, bool(options.split_special_tokens))
+        frame = self._frame(False) if options.add_special_tokens else BARE
         before, _, after = frame.ids
         values: dict[str, Any] = {"input_ids": [before + text.ids + after for text in texts]}
         if options.return_attention_mask:
@@ -322,7 +328,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         """`__call__` for one text, which may also be tokens or ids."""
         if not isinstance(text, str | list | tuple):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
-        return self._batch([(text, text_pair)], self._options(kwargs), single=True, direct=True)
+        return self._batch([_item(text, text_pair)], self._options(kwargs), single=True, direct=True)
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Sequence[Any], **kwargs: Any) -> BatchEncoding:
         """`__call__` for several texts, or pairs of them."""
@@ -722,6 +728,10 @@ def flags(token: AddedToken) -> dict[str, Any]:
 def _written(path: Path, content: dict[str, Any]) -> Path:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def _item(text: Any, pair: Any) -> Any:
+    return text if pair is None and isinstance(text, str) else (text, pair)
 
 
 def _removals(lengths: list[int], count: int, strategy: str) -> list[int]:

@@ -225,7 +225,8 @@ def kept_range(length: int, keep: int, side: str) -> range:
 def windows(length: int, size: int, stride: int, side: str) -> list[range]:
     """All of a long text as stretches of `size` that share `stride` tokens with the one before."""
     if stride >= size:
-        raise ValueError(f"stride ({stride}) must be smaller than the room for text ({size}); lower it")
+        way = f"lower stride ({stride}) or raise max_length" if size else "raise max_length"
+        raise ValueError(f"max_length leaves {size} tokens of room for text, and stride keeps {stride} of them; {way}")
     found, step = [], size - stride
     for shift in range(0, length, step):
         if side == "left":
