@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pytest
 import sentencepiece_models
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_texts import lines
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -191,6 +193,15 @@ def test_copies_pickles_and_saved_folders_do_the_same(made, tmp_path, kind, way)
         assert (other.truncation_side, other.chat_template) == ("left", tokenizer.chat_template)
         assert (len(other), other.legacy, other.add_prefix_space) == (len(tokenizer), *way)
         assert repr(other).startswith(f"{kind.__name__}(name_or_path=")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transformers_reads_what_the_fast_class_saves(model, tmp_path, way):
+    tokenizer = LlamaTokenizerFast(str(model), legacy=way[0], add_prefix_space=way[1], pad_token="</s>")
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*lines(1, 1000), "", " ", "  a", "<s>Hello <s> a", "x</s>"]
+    assert dict(theirs(texts, padding=True)) == dict(tokenizer(texts, padding=True))
 
 
 @pytest.mark.parametrize("kind", CLASSES)

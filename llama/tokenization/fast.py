@@ -334,6 +334,9 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     def _settings(self) -> dict[str, Any]:
         said = super()._settings()
+        # Under this name transformers 4 and 5 obey tokenizer.json; under Llama's, 5 puts its own rules in its place.
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"
+        said |= {name: getattr(self, name) for name in ("model_input_names", "padding_side")}  # which differ there
         if self._rules is not None:
             said |= {"legacy": self.legacy, "add_prefix_space": self.add_prefix_space, BUILT: self._rules}
         elif self.init_kwargs.get("tokenizer_class"):
