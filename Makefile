@@ -15,6 +15,7 @@ override BACKEND := $(value BACKEND)
 export PROMPT BACKEND TORCH
 
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready-$(TORCH)
 
 .PHONY: run test check clean has-tools tritons
@@ -23,13 +24,13 @@ run: $(READY)
 	@$(BIN)/llama generate --backend "$$BACKEND" -- "$$PROMPT"
 
 test: has-tools tritons
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: has-tools tritons
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 has-tools: $(READY)
 	@test -x $(BIN)/pytest || { echo "TORCH=none leaves the tests' tools out; run without it"; exit 2; }

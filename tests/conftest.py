@@ -31,11 +31,15 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()  # it remarks on every drawn configuration
 
 
+FIRST = ("test_static", "test_packaging")  # the longest: with several processes they would be what is waited for
+
+
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the kernels natively, on the GPU of this machine")
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in FIRST)
     for item in items:
         if "needs_gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --gpu"))
