@@ -21,8 +21,10 @@ BACKENDS = click.Choice(["auto", "torch", "triton", "reference"])
 def cli() -> None:
     """LLaMA models: fetch them, ask them, talk to them.
 
-    MODEL is everywhere a folder in Hugging Face's layout, a .gguf file, or the alias smollm2, which downloads 93 MB
-    of real weights (SmolLM2-135M-Instruct, Apache-2.0) the first time.
+    MODEL is everywhere a folder in Hugging Face's layout or in Meta's (consolidated.*.pth), a .gguf file, the id of a
+    model on the Hugging Face Hub (org/name, or org/name/file.gguf), or the alias smollm2, which downloads 93 MB of
+    real weights (SmolLM2-135M-Instruct, Apache-2.0) the first time. What was downloaded is used without asking the
+    network again.
     """
 
 
@@ -45,12 +47,18 @@ def model_options(command: Any) -> Any:
 
 
 @cli.command()
-@click.argument("alias")
-def fetch(alias: str) -> None:
-    """Download and convert the model ALIAS (smollm2) once; print the folder it lies in."""
-    from .checkpoints import fetch
+@click.argument("model", metavar="MODEL")
+@click.option("--revision", metavar="NAME", help="A branch, tag or commit of a model on the Hub.")
+@click.option("--update", is_flag=True, help="Ask the Hub for a newer commit, and download what it changed.")
+def fetch(model: str, revision: str | None, update: bool) -> None:
+    """Download MODEL once, a Hugging Face id or the alias smollm2; print the folder it lies in.
 
-    click.echo(fetch(alias))
+    For private and gated models log in with `hf auth login`, or set HF_TOKEN. HF_HOME names another place than
+    ~/.cache/huggingface.
+    """
+    from .checkpoints import find
+
+    click.echo(find(model, revision=revision, update=update))
 
 
 @cli.command()
@@ -153,6 +161,100 @@ def verify(context: click.Context, model: str, backend: str, dtype: str, prompts
     for line in report.lines():
         click.echo(line)
     context.exit(0 if report.passed else 1)
+
+
+@cli.command()
+@click.argument("model", default="smollm2")
+@click.option("--tokens", type=click.IntRange(1), help="What the cache is to hold.  [default: 4096, or the context]")
+@click.option("--batch", type=click.IntRange(1), default=1, help="In how many texts at once.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with the whole configuration and plain bytes.")
+def info(model: str, tokens: int | None, batch: int, as_json: bool) -> None:
+    """Say what MODEL is and what memory it takes to run, from its headers: no weights are read."""
+    from .checkpoints import open_checkpoint
+    from .info import info
+
+    found = info(open_checkpoint(model), tokens, batch)
+    for line in [json.dumps(found.as_dict())] if as_json else found.lines():
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("where", required=False)
+@click.argument("out", required=False)
+@click.option("--to", type=click.Choice(["huggingface", "meta"]), default="huggingface", help="The layout to write.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Cast to this; default: the source's."
+)
+@click.option(
+    "--num-key-value-heads",
+    "--num_key_value_heads",
+    type=int,
+    metavar="K",
+    help="Make K key and value heads of those there are, each the mean of a group.",
+)
+@click.option("--max-shard-size", "--max_shard_size", default="5GB", metavar="SIZE", help="Begin a new file there.")
+@click.option("--verify", is_flag=True, help="Read it all again and compare it bit by bit with the source.")
+@click.option("--force", is_flag=True, help="Replace another model in OUT.")
+@click.option("--revision", metavar="NAME", help="A branch, tag or commit, where WHERE is on the Hub.")
+@click.option("--input-dir", "--input_dir", metavar="DIR", help="WHERE, as transformers' script calls it.")
+@click.option("--output-dir", "--output_dir", metavar="DIR", help="OUT, as transformers' script calls it.")
+@click.option(
+    "--model-size", "--model_size", metavar="SIZE", help="7B, 70B ...: what Meta's files must turn out to be."
+)
+@click.option("--llama-version", "--llama_version", metavar="VERSION", help="1, 2, 3, 3.1, 3.2: the same.")
+@click.option(
+    "--num-shards",
+    "--num_shards",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many consolidated.NN.pth there must be; how many to write with --to meta.",
+)
+@click.option(
+    "--instruct", is_flag=True, help="Meta's files are a Llama 3 to talk with; their folder's name may say so."
+)
+@click.option("--safe-serialization", "--safe_serialization", type=bool, is_flag=False, flag_value=True, hidden=True)
+def convert(
+    where: str | None,
+    out: str | None,
+    input_dir: str | None,
+    output_dir: str | None,
+    safe_serialization: bool | None,
+    model_size: str | None,
+    llama_version: str | None,
+    num_shards: int | None,
+    instruct: bool,
+    revision: str | None,
+    **options: Any,
+) -> None:
+    """Write the model at WHERE (MODEL, or a folder of Meta's files) into the folder OUT.
+
+    Only a tensor at a time is in memory, and dtypes stay as they are. What was interrupted goes on where it stopped
+    when it is run again. The line of transformers' script works with `llama convert` in front:
+
+        llama convert --input_dir DIR --model_size 7B --output_dir OUT
+    """
+    from .checkpoints import find, open_checkpoint
+    from .checkpoints.convert import convert
+    from .checkpoints.meta import MetaFolder
+
+    if safe_serialization is False:
+        raise click.UsageError("safetensors are all that is written; leave --safe-serialization out")
+    places = [place for place in (input_dir, where, out, output_dir) if place is not None]
+    if len(places) != 2:
+        raise click.UsageError("give WHERE and OUT, or --input-dir and --output-dir: one place to read, one to write")
+    facts: dict[str, Any] = {"model_size": model_size, "llama_version": llama_version, "instruct": instruct or None}
+    if options["to"] == "meta":
+        options["num_shards"] = num_shards or 1
+    else:
+        facts["num_shards"] = num_shards
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
+    path = find(places[0], revision=revision)
+    source = MetaFolder(path, **facts) if facts else open_checkpoint(path)
+    try:
+        click.echo(convert(source, places[1], **options))
+    except KeyboardInterrupt:
+        click.echo("llama: interrupted; the same command goes on where this one stopped", err=True)
+        sys.exit(130)
 
 
 @cli.group()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from . import reference
 from .checkpoints import open_checkpoint
 from .checkpoints.huggingface import read_json, write_json
+from .checkpoints.where import hub_options
 
 if TYPE_CHECKING:
     import torch
@@ -295,10 +296,16 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, return_unused_kwargs: bool = False, **kwargs: Any):
-        """The configuration of the model at a folder, a `.gguf` file or an alias; or of a config.json itself."""
-        where = pretrained_model_name_or_path
+        """The configuration of the model at a folder, a `.gguf` file, an alias or a Hugging Face id, of which only
+        that is downloaded; or of a config.json itself.
+
+        Args:
+            kwargs: fields that take the place of the file's; and for the Hub `revision`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`, `subfolder`, `gguf_file`.
+        """
+        where, hub = pretrained_model_name_or_path, hub_options(kwargs)
         is_json = isinstance(where, str | os.PathLike) and str(where).endswith(".json")
-        data = read_json(Path(where)) if is_json else open_checkpoint(where).config
+        data = read_json(Path(where)) if is_json else open_checkpoint(where, wanted="config", **hub).config
         config, unused = cls.from_dict(data, return_unused_kwargs=True, **kwargs)
         config.name_or_path = str(where if isinstance(where, str | os.PathLike) else where.path)
         return (config, unused) if return_unused_kwargs else config

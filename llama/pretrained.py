@@ -3,7 +3,7 @@
 import difflib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from . import ops
-from .checkpoints import Checkpoint, open_checkpoint
-from .checkpoints.torch_files import replaced, save_weights
+from .checkpoints import ALIASES, Checkpoint, open_checkpoint
+from .checkpoints.torch_files import as_torch, replaced, save_weights, torch_dtype
+from .checkpoints.where import hub_options
 from .config import LlamaConfig
 from .generation.config import GenerationConfig
 from .progress import progress
 
-# Keywords of transformers' from_pretrained that change nothing here: files are local, always mapped, and never run.
-IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "local_files_only", "_fast_init",
-        "cache_dir", "token", "force_download", "offload_folder"}  # fmt: skip
+# Keywords of transformers' from_pretrained that change nothing here: files are always mapped, and never run.
+IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "resume_download", "_fast_init",
+        "offload_folder"}  # fmt: skip
 # Those that would change something, and are passed as None by those who do not mean them.
-ABSENT = ("revision", "subfolder", "variant", "quantization_config", "max_memory")
+ABSENT = ("variant", "quantization_config", "max_memory")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADS = ("lm_head.", "score.", "qa_outputs.")
 
@@ -302,7 +303,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model at a folder (safetensors or .bin, sharded or not), a `.gguf` file or an alias, in eval mode.
+        """The model at a folder (safetensors or .bin, sharded or not, or Meta's consolidated.*.pth), a `.gguf` file, a
+        Hugging Face id or an alias, in eval mode.
 
         Weights are mapped, not copied, where the file holds them in the dtype that is asked for: nothing is held twice,
         and pages come in as they are used.
@@ -314,7 +316,9 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
             ignore_mismatched_sizes: draw a weight anew whose shape in the file is another, instead of an error.
             output_loading_info: give (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             state_dict: weights that take the place of the file's.
-            kwargs: fields of the configuration that take the place of the file's.
+            kwargs: fields of the configuration that take the place of the file's; and for the Hub `revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `gguf_file`, as
+                `llama.checkpoints.find` explains them.
 
         A head that the file lacks is drawn anew, with a warning. Base and head models read each other's files.
 
@@ -322,9 +326,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
             ValueError, OSError: a file, a tensor or an argument is missing, damaged or unfit; the message names it.
         """
         ops.check_backend(backend)
-        kwargs = _meant(kwargs)
-        where = pretrained_model_name_or_path
-        checkpoint = open_checkpoint(where)
+        where, hub, kwargs = pretrained_model_name_or_path, hub_options(kwargs), _meant(kwargs)
+        checkpoint = open_checkpoint(where, wanted="parameters", **hub)
         if config is not None and not isinstance(config, LlamaConfig):
             raise ValueError(f"config must be a LlamaConfig, got {type(config).__name__}")
         said = checkpoint.config if config is None else config.to_dict()
@@ -333,11 +336,19 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
             name = sorted(unused)[0]
             near = difflib.get_close_matches(name, [*vars(config), "dtype", "device", "backend", "device_map"], n=1)
             raise ValueError(f"from_pretrained knows no {name}" + (f"; {near[0]} must be meant" if near else ""))
-        config.name_or_path = str(checkpoint.path)
+        config.name_or_path = str(where if isinstance(where, str) and where not in ALIASES else checkpoint.path)
         tensors = _Tensors(checkpoint, state_dict)
         wanted = _wanted_dtype(torch_dtype if dtype is None else dtype, config, tensors)
-        with torch.device("meta"):
-            model = cls(config)
+        if config.num_hidden_layers > max(len(tensors.names), 1000):
+            raise ValueError(
+                f"{checkpoint.path}: the configuration asks for {config.num_hidden_layers} layers, and the file holds "
+                f"{len(tensors.names)} tensors. Correct its configuration, or fetch it anew."
+            )
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except RuntimeError as error:  # more numbers than 63 bits count
+            raise ValueError(f"{checkpoint.path}: the configuration asks for too large a model ({error})") from error
         info = model._load(tensors, wanted, _one_device(device, device_map), ignore_mismatched_sizes)
         if info["missing_keys"] and not output_loading_info:
             _judge_missing(checkpoint.path, cls, info["missing_keys"])
@@ -469,10 +480,16 @@ class _Tensors:
 
     def __init__(self, checkpoint: Checkpoint, state_dict: Mapping[str, torch.Tensor] | None):
         self.checkpoint, self.state_dict = checkpoint, state_dict
-        self.names = {_core(name): name for name in (checkpoint.names if state_dict is None else state_dict)}
+        self.names = {_core(name): name for name in (checkpoint.tensors if state_dict is None else state_dict)}
 
     def read(self, name: str) -> torch.Tensor:
-        return self.checkpoint.read_torch(name) if self.state_dict is None else self.state_dict[name]
+        return as_torch(self.checkpoint.read(name)) if self.state_dict is None else self.state_dict[name]
+
+    def dtypes(self) -> Iterator[torch.dtype]:
+        """Those of the tensors in turn, without reading any."""
+        if self.state_dict is not None:
+            return (tensor.dtype for tensor in self.state_dict.values())
+        return (torch_dtype(stored.dtype) for stored in self.checkpoint.tensors.values())
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -500,8 +517,7 @@ def _wanted_dtype(asked: str | torch.dtype | None, config: LlamaConfig, tensors:
         config.dtype = asked
     if config.dtype is not None:
         return config.dtype
-    stored = (tensors.read(name).dtype for name in tensors.names.values())
-    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    return next((dtype for dtype in tensors.dtypes() if dtype.is_floating_point), torch.float32)
 
 
 def _one_device(device: Any, device_map: Any) -> torch.device:

@@ -113,7 +113,7 @@ class Session:
     """A conversation with one model.
 
     Args:
-        model: a model folder, a `.gguf` file or an alias.
+        model: a model folder, a `.gguf` file, a Hugging Face id or an alias.
         backend: "torch", "triton", "reference", or "auto": PyTorch where it is installed, with Triton on a GPU.
         max_new_tokens: the longest answer.
         sampler: how its tokens are chosen.

@@ -88,7 +88,7 @@ class Config:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         _check_positive_int("num_key_value_heads", self.num_key_value_heads)
-        _check_positive_int("head_dim", self.head_dim)
+        _check_positive_int("head_dim", self.head_dim, high=2**16)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, since RoPE rotates pairs; got {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -215,9 +215,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_positive_int(name: str, value: Any, low: int = 1) -> None:
-    if not _is_int(value) or value < low:
+def _check_positive_int(name: str, value: Any, low: int = 1, high: int = 2**31 - 1) -> None:
+    if not _is_int(value) or not low <= value <= high:
         wanted = "a positive integer" if low == 1 else f"an integer of at least {low}"
+        if _is_int(value) and value > high:
+            wanted = f"at most {high}"
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from llama.checkpoints import Checkpoint
 
 
-def load(where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] = np.float32) -> tuple[Params, Config]:
+def load(
+    where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] = np.float32, **hub_options: Any
+) -> tuple[Params, Config]:
     """Read a model: `params, config = load("smollm2")`.
 
     Args:
-        where: a folder in Hugging Face's layout (config.json and safetensors, sharded or not), a `.gguf` file, or the
-            alias "smollm2", which is fetched the first time. Or a checkpoint that `llama.checkpoints` has opened.
+        where: a folder in Hugging Face's layout (config.json and safetensors or .bin, sharded or not) or in Meta's
+            (params.json and consolidated.*.pth), a `.gguf` file, a Hugging Face id, or the alias "smollm2", both of
+            which are fetched the first time. Or a checkpoint that `llama.checkpoints` has opened.
         dtype: float32 or float64, what the arrays are given in. A tensor that is stored so is mapped, not read: the
             file's pages come in as they are used, and nothing is held twice.
+        hub_options: `revision`, `token` and whatever else `llama.checkpoints.find` takes.
 
     Raises:
         ValueError, OSError: a file is missing, damaged or not a LLaMA; the message names it.
@@ -33,8 +37,8 @@ def load(where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] 
 
     if np.dtype(dtype) not in (np.float32, np.float64):
         raise ValueError(f"dtype must be float32 or float64, in which the reference computes; got {np.dtype(dtype)}")
-    checkpoint = open_checkpoint(where)
-    data, names = checkpoint.config, set(checkpoint.names)
+    checkpoint = open_checkpoint(where, wanted="parameters", **hub_options)
+    data, names = checkpoint.config, set(checkpoint.tensors)
     with _naming(checkpoint.path):
         config = Config.from_dict(data)
         if config.tie_word_embeddings and "lm_head.weight" in names:

@@ -8,9 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle reads local files only
 
-from pathlib import Path
+from pathlib import Path  # noqa: E402
 
-import jaxtyping
+import jaxtyping  # noqa: E402
 
 # Shapes in the reference's annotations are executed: every call in every test checks them. Only `Config` looks after
 # itself, and is left to, so that its own errors can be tested.

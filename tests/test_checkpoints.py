@@ -1,21 +1,25 @@
 """Reading and writing checkpoints: every format gives the same arrays, every damage is named."""
 
 import json
-import os
+import re
 import struct
+from pathlib import Path
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
-from safetensors import safe_open
+from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import LlamaForCausalLM
 
+import llama
 from llama import reference
 from llama.checkpoints import open_checkpoint
-from llama.checkpoints.huggingface import save_folder
+from llama.checkpoints.stored import release
+from llama.checkpoints.torch_files import as_torch
 
 PARAMS = random_params()
 IDS = np.array([[1, 5, 7, 2]])
@@ -71,31 +75,75 @@ def test_gguf_weights_are_dequantised_and_unpermuted(tmp_path, quantisation):
         np.testing.assert_allclose(params[name], array, atol=step, rtol=0, err_msg=name)
 
 
-def test_load_save_load(tmp_path):
-    def tokens(writer):
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list([chr(ord("a") + i) for i in range(12)])
-        writer.add_token_types([1] * 12)
-        writer.add_token_merges([])
+@pytest.mark.parametrize("quantisation", ["F32", "F16", "BF16", "Q8_0"])
+def test_what_is_not_quantised_keeps_its_precision(tmp_path, quantisation):
+    path = write_gguf(tmp_path / "m.gguf", PARAMS, quantisation=gguf.GGMLQuantizationType[quantisation])
+    kept = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "Q8_0": np.float32}[quantisation]
+    checkpoint = open_checkpoint(path)
+    for name, expected in PARAMS.items():
+        dtype = kept if expected.ndim == 2 else np.float32
+        array = checkpoint.read(name)
+        assert checkpoint.tensors[name] == (np.dtype(dtype), expected.shape) == (array.dtype, array.shape)
+        if quantisation != "Q8_0":
+            np.testing.assert_array_equal(array, expected.astype(dtype))
+    assert checkpoint.config["torch_dtype"] == np.dtype(kept).name
+    assert llama.LlamaForCausalLM.from_pretrained(path).dtype == getattr(torch, np.dtype(kept).name)
 
-    once = open_checkpoint(write_gguf(tmp_path / "m.gguf", PARAMS, extra=tokens))
-    (tmp_path / "folder.partial").mkdir()  # what a run that was killed leaves
-    (tmp_path / "folder.partial" / "half").touch()
-    save_folder(once, tmp_path / "folder")
-    assert_same(reference.load(tmp_path / "folder")[0])
-    reread = open_checkpoint(tmp_path / "folder")
-    assert reread.config == once.config | {"torch_dtype": "float32"}
-    assert reread.generation_config == once.generation_config
-    assert reread.tokenizer()[1] == once.tokenizer()[1]
-    assert not (tmp_path / "folder" / "half").exists()
-    with safe_open(tmp_path / "folder" / "model.safetensors", "numpy") as file:
-        assert file.metadata() == {"format": "pt"}  # without which transformers 4 refuses it
-    assert reference.load(tmp_path / "folder")[1] == reference.load(tmp_path / "m.gguf")[1]
-    save_folder(open_checkpoint(tmp_path / "folder"), tmp_path / "again")
-    assert_same(reference.load(tmp_path / "again")[0])
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "folder")
-    assert_same({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "bool"])
+def test_pytorch_gets_the_same_numbers_and_the_same_memory(dtype):
+    array = np.arange(6).reshape(2, 3).astype(getattr(ml_dtypes, dtype, dtype))
+    tensor = as_torch(array)
+    assert tensor.dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(tensor.float().numpy(), array.astype(np.float32))
+    tensor[0, 1] = 0
+    assert array[0, 1] == 0
+    array.flags.writeable = False
+    as_torch(array)[0, 2] = 0
+    assert array[0, 2] != 0
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    size = 2**41  # two terabytes of hole
+    text = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / "config.json").write_text("{}")
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+    array = open_checkpoint(tmp_path).read("a")
+    assert array.flags.writeable
+    assert array[-1] == 0
+    as_torch(array)[5] = 1
+    assert array[5] == 1
+
+
+def resident(array) -> int:
+    """The bytes of the mapping that are in memory."""
+    start, here = np.lib.array_utils.byte_bounds(array)[0], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            low, high = (int(end, 16) for end in line.split()[0].split("-"))
+            here = low <= start < high
+        elif here and line.startswith("Rss:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("it is not mapped")
+
+
+def test_memory_is_let_go_of_when_a_tensor_has_been_used(tmp_path):
+    big = np.arange(1 << 21, dtype=np.float32)
+    save_file({"a": big, "b": big}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    a, b = checkpoint.read("a"), checkpoint.read("b")
+    assert a.sum() == b.sum()
+    assert resident(a) >= 2 * big.nbytes
+    b[0] = -1  # on the page where a ends
+    release(a)
+    assert b[0] == -1
+    assert big.nbytes * 0.9 < resident(a) < big.nbytes * 1.1  # b's
+    np.testing.assert_array_equal(a, big)
+    release(big)  # which is not mapped
+    assert big[-1] == len(big) - 1
 
 
 def test_llama31s_divisors_come_through_gguf(tmp_path):
@@ -297,23 +345,6 @@ def test_heads_that_differ_by_layer_are_refused(tmp_path):
         reference.load(path)
 
 
-def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path):
-    class Broken:
-        names = ("one", "two")
-        config = generation_config = {}  # noqa: RUF012
-        path = tmp_path
-
-        def tokenizer(self):
-            return open_checkpoint("smollm2").tokenizer()
-
-        def read(self, name):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        save_folder(Broken(), tmp_path / "out")
-    assert os.listdir(tmp_path) == []
-
-
 # --- damage ---
 
 
@@ -373,7 +404,7 @@ DAMAGE = {
     "garbage": (put("model.safetensors", b"\xff" * 999), DAMAGED),
     "missing tensor": (edit(lambda h: h.update(x=h.pop(NORM))), r"the tensor model\.norm\.weight is missing"),
     "overlapping offsets": (edit(lambda h: h[NORM].update(data_offsets=[0, 256])), DAMAGED),
-    "unreadable type": (edit(lambda h: h[NORM].update(dtype="I32")), r"model\.norm\.weight is stored as I32"),
+    "unreadable type": (edit(lambda h: h[NORM].update(dtype="I32")), r"model\.norm\.weight is stored as int32"),
 }
 
 

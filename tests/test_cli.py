@@ -142,7 +142,7 @@ def without_tokenizer(tmp_path):
     [
         (["generate", "-m", "nowhere", "Hi"], 1, "llama: nowhere does not exist; give a folder"),
         (["generate", "-m", "{model}", "Hi"], 1, "tokenizer.json does not exist"),
-        (["generate", "-m", "{model}/config.json", "Hi"], 1, "config.json is not a model"),
+        (["generate", "-m", "{model}/config.json", "Hi"], 1, "config.json is a part of a model; give its folder"),
         (["generate", "--backend", "abacus", "Hi"], 2, "'abacus' is not one of"),
         (["generate"], 2, "Missing argument 'PROMPT'"),
         (["generate", "--raw", ""], 1, "the prompt is empty"),
@@ -153,7 +153,8 @@ def without_tokenizer(tmp_path):
         (["generate", "--temperature", "-1", "Hi"], 1, "llama: temperature must be"),
         (["generate", "--max-new-tokens", "0", "Hi"], 2, "--max-new-tokens"),
         (["generate", "--raw", "a " * 9000], 1, "more than the 8192 this model was made for"),
-        (["fetch", "gpt5"], 1, "llama: 'gpt5' cannot be fetched; known are smollm2"),
+        (["fetch", "gpt5"], 1, "llama: gpt5 does not exist; give a folder"),
+        (["fetch", "org/gpt5"], 1, "llama: org/gpt5 is no path here, nor is all of it in the cache"),
         (["sing"], 2, "No such command 'sing'"),
     ],
 )

@@ -1287,5 +1287,5 @@ def test_a_file_system_without_links_can_be_saved_to(tmp_path, monkeypatch):
 def test_keywords_that_mean_nothing_here_are_taken(tmp_path):
     llama.LlamaModel(llama.LlamaConfig(20, 16, 8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
     llama.LlamaModel.from_pretrained(tmp_path, cache_dir="x", token=None, revision=None, quantization_config=None)
-    with pytest.raises(ValueError, match="from_pretrained knows no revision"):
-        llama.LlamaModel.from_pretrained(tmp_path, revision="main")
+    with pytest.raises(ValueError, match="is not on the Hub and has no revision 'v1'; leave revision out"):
+        llama.LlamaModel.from_pretrained(tmp_path, revision="v1")

@@ -1,13 +1,13 @@
-"""Reading models from disk into NumPy arrays, without torch; or into PyTorch's tensors for those who ask.
+"""Reading models from disk into NumPy arrays, without torch.
 
 `open_checkpoint` decides what a path is. What it returns shows every format alike: Hugging Face's configuration keys,
 Hugging Face's tensor names and layout, one tensor at a time.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,12 +15,14 @@ from tokenizers import Tokenizer
 from ..progress import progress
 from .fetch import ALIASES, fetch
 from .gguf import GGUFFile
-from .huggingface import HuggingFaceFolder
+from .huggingface import WEIGHT_FILE, HuggingFaceFolder, is_hugging_face
+from .meta import MetaFolder, is_meta
+from .stored import Stored
+from .where import PLACES, find
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["ALIASES", "Checkpoint", "Stored", "fetch", "find", "open_checkpoint", "read_tensors"]
 
-__all__ = ["ALIASES", "Checkpoint", "fetch", "open_checkpoint", "read_tensors"]
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class Checkpoint(Protocol):
@@ -37,42 +39,46 @@ class Checkpoint(Protocol):
         """The contents of generation_config.json, {} where there is none."""
 
     @property
-    def names(self) -> Iterable[str]:
-        """The tensors' names, as in transformers' state dict."""
+    def tensors(self) -> Mapping[str, Stored]:
+        """What is stored under which name of transformers' state dict. No weights are read for it."""
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored precision; bfloat16 and quantised ones, which NumPy cannot hold, as float32."""
-
-    def read_torch(self, name: str) -> "torch.Tensor":
-        """One tensor as PyTorch's; every format keeps its stored dtype that can."""
+        """One tensor in its stored precision, mapped where nothing has to be changed; quantised ones as float32."""
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         """The tokenizer and the contents of tokenizer_config.json."""
 
 
-def open_checkpoint(where: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
-    """The model at `where`: a folder in Hugging Face's layout, a `.gguf` file, or the alias "smollm2".
+def open_checkpoint(where: str | os.PathLike[str] | Checkpoint, **hub_options: Any) -> Checkpoint:
+    """The model at `where`, which `find` looks for with the `hub_options`: a folder in Hugging Face's layout or in
+    Meta's, a `.gguf` file, or a `.safetensors` file with its config.json beside it.
 
-    A checkpoint that is open already is given back.
+    A checkpoint that is open already is given back. A folder in both layouts is taken for Hugging Face's.
 
     Raises:
-        FileNotFoundError: there is nothing of the kind.
+        ValueError: it is no model. FileNotFoundError: there is nothing of the kind. OSError: the download failed.
     """
     if not isinstance(where, str | os.PathLike):
         return where
-    if str(where) in ALIASES and not Path(where).exists():
-        where = fetch(str(where))
-    path = Path(where).expanduser()
+    path = find(where, **hub_options)
     if path.is_dir():
-        return HuggingFaceFolder(path)
+        return MetaFolder(path) if is_meta(path) and not is_hugging_face(path) else HuggingFaceFolder(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUFFile(path)
-    legal = f"a folder with config.json and safetensors, a .gguf file, or {' or '.join(map(repr, ALIASES))}"
-    if path.exists():
-        raise ValueError(f"{path} is not a model; give {legal}")
-    raise FileNotFoundError(f"{path} does not exist; give {legal}")
+    if path.suffix == ".safetensors":
+        return HuggingFaceFolder(path.parent, None if WEIGHT_FILE.fullmatch(path.name) else path.name)
+    if path.suffix in (".pth", ".bin", ".json"):
+        raise ValueError(f"{path} is a part of a model; give its folder, {path.absolute().parent}")
+    raise ValueError(f"{path} is not a model; give {PLACES}")
 
 
 def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: type[np.floating]) -> dict[str, np.ndarray]:
-    """The named tensors in `dtype`, behind a progress bar. Those already stored so are mapped, not copied."""
-    return {name: checkpoint.read(name).astype(dtype, copy=False) for name in progress(names, "loading", "tensors")}
+    """The named tensors in `dtype`, behind a progress bar and read-only. What is stored in `dtype` is mapped."""
+    tensors = {}
+    for name in progress(names, "loading", "tensors"):
+        array = checkpoint.read(name)
+        if array.dtype.name not in FLOATS:
+            raise ValueError(f"{checkpoint.path}: {name} is stored as {array.dtype}; readable are {', '.join(FLOATS)}")
+        tensors[name] = array.astype(dtype, copy=False).view()
+        tensors[name].flags.writeable = False
+    return tensors

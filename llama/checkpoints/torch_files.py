@@ -1,6 +1,5 @@
 """The part of checkpoints that needs PyTorch: .bin files in, and a model's weights out."""
 
-import json
 import os
 import re
 import shutil
@@ -8,45 +7,61 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from .huggingface import write_json
+from .stored import Stored
+from .write import index, shard_names, size_in_bytes, split
+
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 PART = r"(-\d{5}-of-\d{5})?"
 WEIGHT_FILES = re.compile(rf"(model{PART}\.safetensors|pytorch_model{PART}\.bin)(\.index\.json)?")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class TorchFile:
-    """A file that torch.save wrote, mapped. It can hold tensors and nothing that would be executed."""
+    """A file that torch.save wrote before PyTorch 1.6. It can hold tensors and nothing that would be executed."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            try:
-                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                data = torch.load(path, map_location="cpu", weights_only=True)  # before PyTorch 1.6: cannot be mapped
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
-        except Exception as error:  # pickle and zip readers raise of all kinds
+            data = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(data, dict) or not all(
+                isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in data.items()
+            ):
+                raise ValueError("it should hold tensors by name, as a state dict does")
+            self._data: dict[str, torch.Tensor] = data
+            self.tensors = {name: Stored(_numpy_dtype(t.dtype), tuple(t.shape)) for name, t in data.items()}
+        except Exception as error:  # the readers of pickles raise of all kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} is damaged or holds more than tensors ({reason}); fetch it anew") from error
-        if not isinstance(data, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in data.items()
-        ):
-            raise ValueError(f"{path} should hold tensors by name, as a state dict does")
-        self.header: dict[str, torch.Tensor] = data
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self.header[name].detach()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        tensor = self._data[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
 
-    def read_torch(self, name: str) -> torch.Tensor:
-        return self.header[name].detach()
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """An array as a tensor of the same dtype that shares its memory; a copy where that may not be written to."""
+    if not array.flags.writeable:
+        array = array.copy()
+    if array.dtype.isbuiltin == 1:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(f"u{array.itemsize}")).view(torch_dtype(array.dtype))
+
+
+def torch_dtype(dtype: np.dtype) -> torch.dtype:
+    """PyTorch's dtype of the same name."""
+    return getattr(torch, dtype.name)
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    name = str(dtype).removeprefix("torch.")
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def save_weights(
@@ -54,12 +69,8 @@ def save_weights(
 ) -> None:
     """Write `tensors` into `folder`: one file, or shards of at most `max_shard_size` bytes with an index."""
     name = SAFETENSORS if safe else BIN
-    shards = _shards(tensors, _bytes(max_shard_size))
-    stem, suffix = name.rsplit(".", 1)
-    files = [name] if len(shards) == 1 else [
-        f"{stem}-{number:05}-of-{len(shards):05}.{suffix}" for number in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    weight_map = {tensor: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    shards = split(tensors, size_in_bytes(max_shard_size))
+    files = shard_names(name, len(shards))
     own = _storages(tensors)
     for file, shard in zip(files, shards, strict=True):
         contents = {name: own[name].detach().contiguous() for name in shard}
@@ -78,8 +89,8 @@ def save_weights(
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
-        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        held = dict(zip(files, shards, strict=True))
+        write_json(folder / f"{name}.index.json", index(held, total, parameters))
 
 
 def _storages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,28 +141,6 @@ def replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
-    """The names, in order, cut where a shard would pass the limit; a tensor larger than it has one of its own."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
-
-
-def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([A-Za-z]+)", size.strip()) if isinstance(size, str) else None
-    if match and match[2].upper() in UNITS:
-        size = int(match[1]) * UNITS[match[2].upper()]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f'max_shard_size must be bytes or like "200MB" or "5GB", got {size!r}')
-    return size
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.huggingface import read_json, write_json
+from ..checkpoints.where import find, hub_options
 
 FILE = "generation_config.json"
 METADATA = ("transformers_version", "_from_model_config", "_commit_hash")
@@ -228,8 +229,13 @@ class GenerationConfig:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any
     ) -> "GenerationConfig":
-        """The config in a model's folder, as transformers 4 or 5 or we wrote it."""
-        path = Path(folder) / config_file_name
+        """The config in a model's folder, as transformers 4 or 5 or we wrote it; or in that of a Hugging Face id.
+
+        Args:
+            kwargs: fields that take the place of the file's; and for the Hub `revision`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`, `subfolder`.
+        """
+        path = find(folder, wanted=config_file_name, **hub_options(kwargs)) / config_file_name
         data = read_json(path)
         try:
             return cls.from_dict(data, **kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -16,8 +17,8 @@ from .batch import BARE, BatchEncoding, Frame, Pieces, Places, Row, as_tensors, 
 from .options import VERY_LARGE, Options, check_side
 from .special import NAMES, as_token, flags_of
 
-# Keywords of transformers' from_pretrained that change nothing here: files are local and never run.
-IDLE = {"cache_dir", "force_download", "local_files_only", "token", "trust_remote_code", "resume_download", "proxies"}
+# Keywords of transformers' from_pretrained that change nothing here: nothing is run, downloads always go on.
+IDLE = {"trust_remote_code", "resume_download", "proxies"}
 OPTIONS = [field.name for field in fields(Options)]
 # What tokenizer_config.json says that is not the same for every tokenizer class.
 SETTINGS = {
@@ -42,7 +43,10 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         self._named, self._additional, self._demoted = {}, [], set()
         self.padding_side = settings.get("padding_side") or padding_side
         self.truncation_side = settings.get("truncation_side") or "right"
-        self.model_max_length = int(settings.get("model_max_length") or VERY_LARGE)
+        longest = settings.get("model_max_length") or VERY_LARGE
+        if not isinstance(longest, int | float) or not abs(longest) <= sys.float_info.max:
+            raise ValueError(f"model_max_length must be a number, got {longest!r}")
+        self.model_max_length = int(longest)
         self.model_input_names = list(settings.get("model_input_names") or ["input_ids", "attention_mask"])
         self.clean_up_tokenization_spaces = bool(settings.get("clean_up_tokenization_spaces", False))
         self.spaces_between_special_tokens = bool(settings.get("spaces_between_special_tokens", False))

@@ -151,6 +151,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             found = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError as error:  # what the library says of surrogates
             raise ValueError("the text is not valid Unicode: it holds bytes that are no UTF-8") from error
+        except Exception as error:  # the library raises plain Exception where a tokenizer's parts do not fit together
+            raise ValueError(f"{self.name_or_path}: the tokenizer cannot encode the text ({error})") from error
         finally:
             if split_special_tokens:
                 self._tokenizer.encode_special_tokens = False
@@ -373,19 +375,18 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """The tokenizer of the model at `where`: a folder with a tokenizer.json or a tokenizer.model, one of these
-        files, a `.gguf` file, or the alias "smollm2".
+        """The tokenizer of a model, as `load_tokenizer` finds it.
 
         Args:
             from_slow: build it from the tokenizer.model even where there is a tokenizer.json.
-            kwargs: arguments of the constructor, instead of what tokenizer_config.json says.
+            kwargs: arguments of the constructor, instead of what tokenizer_config.json says, and those for the Hub.
 
         Raises:
             ValueError, OSError: there is none, or it is damaged; the message names the file.
         """
         from ..checkpoints.gguf import GGUFFile  # which builds its tokenizers here
 
-        path = loading.local(pretrained_model_name_or_path)
+        path = loading.found(pretrained_model_name_or_path, kwargs)
         options = cls._meant(kwargs, ("from_slow",))
         rebuild = options.pop("from_slow", False)
         made = cls.__new__(cls)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 def load_tokenizer(
     where: str | os.PathLike[str], *, use_fast: bool = True, **kwargs: Any
 ) -> "LlamaTokenizerFast | LlamaTokenizer":
-    """The tokenizer at `where`: a folder with tokenizer.json or tokenizer.model, one of these files, a `.gguf` file, or
-    the alias "smollm2".
+    """The tokenizer at `where`: a folder with tokenizer.json or tokenizer.model, one of these files, a `.gguf` file, a
+    Hugging Face id, of which the tokenizer's files alone are downloaded, or the alias "smollm2".
 
     Args:
         use_fast: False gives `LlamaTokenizer`, which needs a tokenizer.model of SentencePiece's.
-        kwargs: the tokenizer's options, instead of what its files say.
+        kwargs: the tokenizer's options, instead of what its files say; and for the Hub `revision`, `token`,
+            `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `gguf_file`.
 
     Raises:
         ValueError, OSError: there is none, or it is damaged; the message names the file.
@@ -46,21 +47,11 @@ class AutoTokenizer:
         return load_tokenizer(pretrained_model_name_or_path, use_fast=use_fast, **kwargs)
 
 
-def local(where: str | os.PathLike[str]) -> Path:
-    """A folder or file that exists; an alias is fetched."""
-    from ..checkpoints.fetch import ALIASES, fetch  # which read tokenizers in their turn
+def found(where: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
+    """The folder or file of a tokenizer, fetched if need be; what `kwargs` say of the Hub is taken out of them."""
+    from ..checkpoints.where import find, hub_options  # which read tokenizers in their turn
 
-    if not isinstance(where, str | os.PathLike):
-        raise ValueError(f"a tokenizer's place must be a path, got {where!r}")
-    if str(where) in ALIASES and not Path(where).exists():
-        where = fetch(str(where))
-    path = Path(where).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a folder with a tokenizer in it, a .model, .json or .gguf file, "
-            f"or {' or '.join(map(repr, ALIASES))}"
-        )
-    return path
+    return find(where, wanted="tokenizer", **hub_options(kwargs))
 
 
 def folder_settings(folder: Path) -> dict[str, Any]:

@@ -278,15 +278,15 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """The tokenizer of the model at a folder with a tokenizer.model, or at that file.
+        """The tokenizer of a model with a tokenizer.model, as `load_tokenizer` finds it; or that file's.
 
         Args:
-            kwargs: arguments of the constructor, instead of what tokenizer_config.json says.
+            kwargs: arguments of the constructor, instead of what tokenizer_config.json says, and those for the Hub.
 
         Raises:
             ValueError, OSError: there is none, or it is damaged; the message names the file.
         """
-        path = loading.local(pretrained_model_name_or_path)
+        path = loading.found(pretrained_model_name_or_path, kwargs)
         options = cls._meant(kwargs, ("from_slow",))
         model = path / "tokenizer.model" if path.is_dir() else path
         if path.is_dir() and not model.exists():

@@ -1,0 +1,208 @@
+"""Converting Meta's files: memory beside the promise of 700 MB, time beside copying them twice, and 70B's shapes.
+
+    python -m benchmarks.convert                              # a table, and benchmarks/results/convert.json
+    python -m benchmarks.convert --transformers OTHER/python # beside the converter of transformers 4.46, which that has
+
+The checkpoint is made up: two shards of bfloat16, 2 GB. Both commands are whole processes, from the start of Python to
+the last file on the disk; what is copied is in the page cache, as are the shards that are read. Every result is told
+from its source by `--verify` once. Some 12 GB of disk are needed in $TMPDIR.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama.checkpoints.convert import convert
+from llama.checkpoints.meta_shards import MetaShard, params_json
+from llama.checkpoints.names import rotated_heads
+from llama.checkpoints.stored import Stored
+from llama.checkpoints.torch_zip import torch_zip
+from llama.checkpoints.write import AHEAD, PIECE
+from llama.reference import Config, parameter_shapes
+
+from . import harness
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # where the writer of Meta's files is
+
+BFLOAT16 = np.dtype("bfloat16")
+SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+         "num_hidden_layers": 20, "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+         "max_position_embeddings": 4096}  # fmt: skip
+LARGE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672,
+         "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+         "max_position_embeddings": 4096}  # fmt: skip
+SHARDS = {"small": 2, "large": 8}
+
+
+def small(folder: Path) -> Path:
+    """2 GB of random weights in two shards, with a tokenizer of as many tokens."""
+    from meta_files import write_meta
+    from sentencepiece_models import fetched
+
+    torch.manual_seed(0)
+    shapes = parameter_shapes(Config.from_dict(SMALL))
+    params = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in shapes}
+    said = {"multiple_of": 256, "ffn_dim_multiplier": None, "vocab_size": 32000}
+    return write_meta(folder, params, SMALL, SHARDS["small"], torch.bfloat16, said=said, tokenizer=fetched())
+
+
+class Shapes:
+    """A checkpoint of zeros, which takes no memory."""
+
+    path = Path("shapes")
+
+    def __init__(self, fields: dict[str, Any]):
+        self.config = fields
+        self.tensors = {name: Stored(BFLOAT16, shape) for name, shape in parameter_shapes(Config.from_dict(fields))}
+
+    def read(self, name: str) -> np.ndarray:
+        return np.zeros(self.tensors[name].shape, BFLOAT16)
+
+
+class Holes:
+    """A file in which pieces of zeros are holes, which take no room."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "wb")  # noqa: SIM115
+
+    def write(self, data: bytes) -> int:
+        if len(data) == PIECE and not any(data[:64]):
+            self._file.seek(len(data), os.SEEK_CUR)
+        else:
+            self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def sparse(folder: Path, fields: dict[str, Any], shards: int) -> Path:
+    """Meta's files for these shapes, with holes for weights."""
+    import json
+
+    folder.mkdir()
+    for number in range(shards):
+        shard, file = MetaShard(Shapes(fields), number, shards), Holes(folder / f"consolidated.{number:02}.pth")
+        torch_zip(file, shard.tensors, shard.read)  # type: ignore[arg-type]
+        file.flush()
+    (folder / "params.json").write_text(json.dumps(params_json(fields, folder)))
+    return folder
+
+
+def planned_peak(fields: dict[str, Any], shards: int) -> int:
+    """Bytes beside those of Python and its libraries: the tensor that needs most, and the pieces before the hash.
+
+    In memory are the tensor itself, one shard's mapped part of it, and for q and k that part in the new order.
+    """
+    tensors = Shapes(fields).tensors
+    most = max(
+        stored.nbytes + stored.nbytes // shards * (2 if rotated_heads(name, fields) else 1)
+        for name, stored in tensors.items()
+        if len(stored.shape) > 1
+    )
+    return most + AHEAD * PIECE
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "llama", "convert", str(source), str(out), *more]
+
+
+def seconds(out: Path, *commands: list[str]) -> Callable[[], float]:
+    """How long the commands take one after the other, and until what they wrote is on the disk."""
+
+    def measure() -> float:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        os.sync()
+        start = time.perf_counter()
+        for one in commands:
+            subprocess.run(one, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    return measure
+
+
+def processor(measure: Callable[[], float]) -> Callable[[], float]:
+    """How long the processor was at work for them, on all cores and in the kernel."""
+
+    def used() -> float:
+        before = os.times()
+        measure()
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    return used
+
+
+def measure(work: Path, runs: int, python: str | None) -> list[dict]:
+    source, out = small(work / "meta"), work / "out"
+    size = sum(file.stat().st_size for file in source.iterdir())
+    copies = [["cp", "-r", str(source), str(out / name)] for name in ("a", "b")]
+    rivals = {"llama convert": seconds(out, command(source, out / "a")), "cp, twice": seconds(out, *copies)}
+    subprocess.run(command(source, out / "verified", "--verify"), check=True, capture_output=True)
+    rows = [harness.row("2 shards, 2 GB", "s", harness.take_turns(rivals, runs), gigabytes=round(size / 1e9, 3))]
+    rows[0]["load_average"] = round(
+        os.getloadavg()[0], 1
+    )  # of other work: the conversion needs the processor, cp the disk
+    synced = {
+        "llama convert": seconds(out, command(source, out / "a"), ["sync"]),
+        "cp, twice": seconds(out, *copies, ["sync"]),
+    }
+    rows.append(harness.row("2 shards, 2 GB, until it is on the disk", "s", harness.take_turns(synced, runs)))
+    busy = {name: processor(measure) for name, measure in rivals.items()}
+    rows.append(harness.row("2 shards, 2 GB", "s of the processor", harness.take_turns(busy, runs)))
+
+    def peak(what: str, source: Path, *more: str, **said: object) -> dict:
+        shutil.rmtree(out, ignore_errors=True)
+        megabytes = round(harness.peak_memory(command(source, out, *more)) / 1e6, 1)
+        return {"what": f"peak resident memory: {what}", "unit": "MB", "llama convert": megabytes, **said}
+
+    rows.append(peak("2 shards, 2 GB", source))
+    rows.append(peak("the same, --verify", source, "--verify"))
+    rows.append(peak("the same, --dtype float32", source, "--dtype", "float32"))
+    folder = convert(source, work / "folder")
+    rows.append(peak("back, --to meta --num-shards 2", folder, "--to", "meta", "--num-shards", "2"))
+    shutil.rmtree(folder)
+    if python:
+        script = [python, "-m", "transformers.models.llama.convert_llama_weights_to_hf", "--input_dir", str(source),
+                  "--num_shards", "2", "--llama_version", "2", "--output_dir", str(out / "b")]  # fmt: skip
+        both = {"llama convert": seconds(out, command(source, out / "a")), "transformers": seconds(out, script)}
+        found = subprocess.run([python, "-c", "import transformers as t; print(t.__version__)"], capture_output=True)
+        theirs = found.stdout.decode().strip()
+        rows.append(harness.row("2 shards, 2 GB", "s", harness.take_turns(both, min(runs, 3)), transformers=theirs))
+        megabytes = round(harness.peak_memory(script) / 1e6, 1)
+        rows.append({"what": "peak resident memory: 2 shards, 2 GB", "unit": "MB", f"transformers {theirs}": megabytes})
+    shutil.rmtree(source)
+    planned = {
+        what: round(planned_peak(fields, SHARDS["large"]) / 1e6, 1)
+        for what, fields in (("80 layers", LARGE), ("1 layer", LARGE | {"num_hidden_layers": 1}))
+    }
+    one = sparse(work / "large", LARGE | {"num_hidden_layers": 1}, SHARDS["large"])
+    rows.append(peak("Llama 2 70B's shapes in 8 shards, 1 layer", one, planned_beside_python=planned))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--transformers", metavar="PYTHON", help="of an environment with transformers 4.46")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "convert.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        rows = measure(Path(work), options.runs, options.transformers)
+    model = "LLaMA of 2048 × 20 layers, random, bfloat16; Llama 2 70B's shapes"
+    harness.write(options.out, "convert", model, rows)
+
+
+if __name__ == "__main__":
+    main()

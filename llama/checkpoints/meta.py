@@ -1,0 +1,401 @@
+"""Folders in Meta's layout: consolidated.00.pth, consolidated.01.pth ... (the shards), params.json, tokenizer.model.
+
+What differs from Hugging Face's layout: names; every tensor is cut into as many parts as there are shards; the rows of
+q and k, which stand in interleaved pairs. params.json does not say all that config.json does: the rest is found in the
+shapes, and in what is known of each version.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..reference import Config, parameter_shapes
+from ..reference.rope import deinterleave
+from . import names
+from .huggingface import read_json
+from .pickles import TorchZip
+from .stored import Stored, dtype_of, release
+
+PARAMS = "params.json"
+SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+
+# By the names that Meta's and transformers' scripts give them: parameters in billions, and shards.
+SIZES = {"1B": (1.24, 1), "3B": (3.21, 1), "7B": (6.74, 1), "8B": (8.03, 1), "13B": (13.02, 2), "30B": (32.5, 4),
+         "34B": (33.7, 4), "65B": (65.3, 8), "70B": (69.8, 8), "405B": (405.9, 8),
+         "405B-MP16": (405.9, 16)}  # fmt: skip
+LENGTHS = {"1": 2048, "2": 4096, "3": 8192, "3.1": 131072, "3.2": 131072, "Guard-3": 131072}
+CODE_LENGTH = 16384  # Code Llama's, which is known by its rope_theta
+FACTORS = {"3.1": 8.0, "3.2": 32.0, "Guard-3": 8.0}  # of RoPE's scaling, where params.json asks for it
+# Llama 3 has 128256 tokens, those before it 32000, and models made for trying things out a few.
+LLAMA3_THETA, LLAMA3_VOCABULARY, SMALL_VOCABULARY = 500000.0, 100_000, 30_000
+
+
+class Part(NamedTuple):
+    """How a tensor lies in the shards: Meta's name, the axis it is cut along (None: every shard has it whole), and how
+    many shards in a row hold the same part."""
+
+    name: str
+    axis: int | None
+    copies: int
+
+
+class MetaFolder:
+    """A `Checkpoint` in a folder. Needs no torch; a tensor is put together from the mapped shards as it is read.
+
+    Args:
+        path: where params.json is; or the folder above, which holds tokenizer.model and the model's folder.
+        model_size, llama_version, num_shards: what the files are said to hold, as transformers' script takes it: "7B",
+            "3.1", 1. The files are checked against it. A model of less than a billion parameters is taken for a model
+            of any size, if it has the shards of that.
+        instruct: whether a Llama 3 is one to talk with, which ends with other tokens; by default if its folder's name
+            says so. The files do not.
+
+    Raises:
+        ValueError, OSError: a file is missing or damaged, or another than it should be; the message names it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model_size: str | None = None,
+        llama_version: str | None = None,
+        num_shards: int | None = None,
+        instruct: bool | None = None,
+    ):
+        self.path = _model_folder(path, model_size)
+        if llama_version is not None and llama_version not in LENGTHS:
+            raise ValueError(f"llama_version must be one of {', '.join(LENGTHS)}, got {llama_version!r}")
+        self._said_version = llama_version
+        self._instruct = "instruct" in self.path.resolve().name.lower() if instruct is None else instruct
+        self.files = _shard_files(self.path)
+        size = _size(model_size)
+        for name, wanted in (("num_shards", num_shards), ("model_size", size and size[1])):
+            if wanted is not None and wanted != len(self.files):
+                given = model_size if name == "model_size" else num_shards
+                raise ValueError(
+                    f"{self.path} holds {len(self.files)} shards; {name} {given} means {wanted}. "
+                    "Correct it or leave it out, or fetch the shards that are missing"
+                )
+        count = sum(stored.size for stored in self.tensors.values()) / 1e9 if size else 0.0
+        if size and count > 1 and abs(count / size[0] - 1) > 0.03:
+            raise ValueError(
+                f"{self.path} holds {count:.2f} billion parameters; model_size {model_size} means {size[0]}. "
+                "Correct it or leave it out"
+            )
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The contents of params.json."""
+        return read_json(self.path / PARAMS, hint="Meta's checkpoints have it beside their consolidated.*.pth")
+
+    @cached_property
+    def _shards(self) -> list[TorchZip]:
+        return [TorchZip(path) for path in self.files]
+
+    @cached_property
+    def version(self) -> str:
+        """The version of LLaMA: as said, else "1" (float16), "2" (and Code Llama), "3", "3.1" or "3.2" (tied)."""
+        scaled = self.params.get("use_scaled_rope")
+        third = bool(scaled) or self._theta == LLAMA3_THETA or self._vocab_size > LLAMA3_VOCABULARY
+        if scaled:
+            found = ["3.2", "3.1"] if self._tied else ["3.1", "3.2"]
+        elif third or (self._embedding_axis == 0 and len(self.files) > 1):
+            found = ["3"]
+        else:
+            half = self._first("tok_embeddings.weight").dtype == np.float16
+            found = ["1", "2"] if half and "n_kv_heads" not in self.params else ["2", "1"]
+        legal = set(found) | ({"Guard-3"} if scaled else set())
+        if scaled is None and (third or self._vocab_size < SMALL_VOCABULARY):
+            legal |= {"3", *FACTORS}  # what is said decides where the files do not
+        if self._said_version not in (None, *legal):
+            raise ValueError(
+                f"{self.path} holds a LLaMA of version {' or '.join(sorted(legal))} by its vocabulary and {PARAMS}, "
+                f"not {self._said_version}; correct llama_version or leave it out"
+            )
+        return self._said_version or found[0]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        params, shards = self.params, len(self.files)
+        width, heads, vocab_size = self._number("dim"), self._number("n_heads"), self._vocab_size
+        q, k = self._first("layers.0.attention.wq.weight"), self._first("layers.0.attention.wk.weight")
+        head_dim = self._number("head_dim", q.shape[0] * shards // heads)
+        kv_heads = self._number("n_kv_heads", max(k.shape[0] * shards // max(head_dim, 1), 1))
+        intermediate = self._first("layers.0.feed_forward.w1.weight").shape[0] * shards
+        self._check_intermediate(width, intermediate)
+        third = self.version not in ("1", "2")
+        length = CODE_LENGTH if self._theta > 1e4 and not third else LENGTHS[self.version]
+        scaling = None
+        if self.version in FACTORS:
+            scaling = {
+                "rope_type": "llama3",
+                "factor": params.get("rope_scaling_factor", FACTORS[self.version]),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": params.get("rope_high_freq_factor", 4.0),
+                "original_max_position_embeddings": 8192,
+            }
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": self._number("n_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self._number("max_seq_len", length),
+            "rms_norm_eps": params.get("norm_eps", 1e-5),
+            "attention_bias": "layers.0.attention.wq.bias" in self._shards[0].tensors,
+            "mlp_bias": "layers.0.feed_forward.w1.bias" in self._shards[0].tensors,
+            "tie_word_embeddings": self._tied,
+            **self._ends,
+            # transformers 4 reads the first two, transformers 5 the third
+            "rope_theta": self._theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": self._theta} | (scaling or {"rope_type": "default"}),
+            "torch_dtype": dtype_of(t for t in self._shards[0].tensors.values() if len(t.shape) == 2).name,
+        }
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """How Meta's own examples draw."""
+        return {"do_sample": True, "temperature": 0.6, "top_p": 0.9, **self._ends}
+
+    @property
+    def _ends(self) -> dict[str, Any]:
+        if self.version in ("1", "2"):
+            return {"bos_token_id": 1, "eos_token_id": 2}
+        if self._instruct:
+            return {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
+        return {"bos_token_id": 128000, "eos_token_id": 128001}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        return {name: stored for name, (_, stored) in self._layout.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        part, stored = self._layout[name]
+        shards = self._shards[:: part.copies]
+        pieces = [shard.read(part.name) for shard in shards]
+        self._check_copies(name, part, pieces)
+        heads = names.rotated_heads(name, self.config)
+        if part.axis is None or (len(shards) == 1 and heads is None):
+            return pieces[0]
+        out, start = np.empty(stored.shape, stored.dtype), 0
+        for piece in pieces:
+            end = start + piece.shape[part.axis]
+            place = (slice(None),) * part.axis + (slice(start, end),)
+            out[place] = piece if heads is None else deinterleave(piece, heads // len(pieces))
+            release(piece)
+            start = end
+        return out
+
+    def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
+        from ..tokenization import LlamaTokenizerFast
+
+        return LlamaTokenizerFast.from_pretrained(self.tokenizer_model).contents()
+
+    @property
+    def tokenizer_model(self) -> Path:
+        """The file tokenizer.model, beside params.json or, as for LLaMA 1, in the folder above."""
+        path = self.path / "tokenizer.model"
+        above = self.path.absolute().parent / path.name
+        if not path.exists() and not above.exists():
+            raise FileNotFoundError(f"{path} does not exist, nor {above}: the tokenizer is read from there")
+        return path if path.exists() else above
+
+    # -- what the files say -------------------------------------------------------------------------------------------
+
+    def _number(self, name: str, default: int | None = None) -> int:
+        value = self.params.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ValueError(f"{self.path / PARAMS}: {name} must be a positive integer, got {value!r}")
+        return value
+
+    def _first(self, name: str) -> Stored:
+        """What the first shard holds of a matrix."""
+        stored = self._shards[0].tensors.get(name)
+        if stored is None:
+            raise ValueError(f"{self.files[0]} lacks the tensor {name}; it is no LLaMA of Meta's, or damaged")
+        if len(stored.shape) != 2:
+            raise ValueError(f"{self.files[0]}: {name} has shape {stored.shape}; it should be a matrix")
+        return stored
+
+    @property
+    def _theta(self) -> float:
+        value = self.params.get("rope_theta", 10000.0)
+        if not isinstance(value, int | float):
+            raise ValueError(f"{self.path / PARAMS}: rope_theta must be a number, got {value!r}")
+        return float(value)
+
+    @cached_property
+    def _embedding_axis(self) -> int:
+        """Llama 1 and 2 cut the embedding along its width, Llama 3 along the vocabulary."""
+        width, shards = self._number("dim"), len(self.files)
+        shape = self._first("tok_embeddings.weight").shape
+        if shape[1] == width:
+            return 0
+        if shape[1] * shards == width:
+            return 1
+        likely = f" It would fit {width // shape[1]} shards." if shape[1] and width % shape[1] == 0 else ""
+        raise ValueError(
+            f"{self.files[0]}: tok_embeddings.weight has shape {shape}, which does not fit {shards} shard(s) and "
+            f"a dim of {width} in {PARAMS}.{likely}"
+        )
+
+    @cached_property
+    def _vocab_size(self) -> int:
+        shape = self._first("tok_embeddings.weight").shape
+        found = shape[0] * len(self.files) if self._embedding_axis == 0 else shape[0]
+        said = self.params.get("vocab_size", -1)
+        if said not in (-1, None, found):
+            raise ValueError(
+                f"{self.path}: {len(self.files)} shard(s) hold an embedding of {found} tokens, and {PARAMS} says "
+                f"{said!r}; a shard is missing, or {PARAMS} is another model's"
+            )
+        return found
+
+    @cached_property
+    def _tied(self) -> bool:
+        """Whether the head is the embedding: there is none, or the first rows are the same (the rest is not read)."""
+        head = self._shards[0].tensors.get("output.weight")
+        if head is None:
+            return True
+        if head != self._first("tok_embeddings.weight"):
+            return False
+        rows, same = (self._shards[0].read(name)[:8] for name in ("output.weight", "tok_embeddings.weight"))
+        return bool(rows.any()) and np.array_equal(rows, same)
+
+    def _check_intermediate(self, width: int, found: int) -> None:
+        """Meta's formula: ⌈f · ⌊8/3 · dim⌋ / m⌉ · m, with f and m from params.json."""
+        if "multiple_of" not in self.params:
+            return
+        multiple, factor = self._number("multiple_of"), self.params.get("ffn_dim_multiplier")
+        factor = 1.0 if factor is None else factor
+        if not isinstance(factor, int | float) or not 0 < factor < 1e6:
+            raise ValueError(f"{self.path / PARAMS}: ffn_dim_multiplier must be a positive number, got {factor!r}")
+        expected = -(-int(factor * int(8 * width / 3)) // multiple) * multiple
+        if expected != found:
+            raise ValueError(
+                f"{self.path}: {len(self.files)} shard(s) hold an MLP of width {found}, and {PARAMS} makes it "
+                f"{expected}; a shard is missing, or {PARAMS} is another model's"
+            )
+
+    # -- how it lies in the shards ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _layout(self) -> dict[str, tuple[Part, Stored]]:
+        """Every tensor by Hugging Face's name: how it is cut, and what it is whole. All shards are checked.
+
+        Raises:
+            ValueError: a shard lacks a tensor, or holds one too many or of another shape or type.
+        """
+        try:
+            config = Config.from_dict(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path / PARAMS}: {error}") from error
+        shards, layout = len(self.files), {}
+        known = {"rope.freqs"}
+        tied_head = config.tie_word_embeddings and "output.weight" in self._shards[0].tensors
+        head = [("lm_head.weight", (config.vocab_size, config.hidden_size))] * tied_head
+        for name, shape in chain(parameter_shapes(config), head):
+            part = self._part(name, config)
+            known.add(part.name)
+            cut = shards // part.copies
+            if part.axis is not None and (
+                shape[part.axis] % cut or (names.rotated_heads(name, self.config) or cut) % cut
+            ):
+                raise ValueError(f"{self.path}: {part.name} of shape {shape} cannot lie in {shards} equal shards")
+            expected = tuple(n // cut if axis == part.axis else n for axis, n in enumerate(shape))
+            for shard in self._shards:
+                stored = shard.tensors.get(part.name)
+                if stored is None:
+                    raise ValueError(f"{shard.path}: the tensor {part.name} is missing; fetch it anew")
+                dtype = self._shards[0].tensors[part.name].dtype
+                if stored.shape != expected or stored.dtype != dtype:
+                    raise ValueError(
+                        f"{shard.path}: {part.name} is {stored.dtype} of shape {stored.shape}; {PARAMS} and {shards} "
+                        f"shard(s) ask for {dtype} of {expected}. A shard is missing or another model's"
+                    )
+            layout[name] = part, Stored(dtype, shape)
+        for shard in self._shards:
+            if unknown := sorted(shard.tensors.keys() - known):
+                raise ValueError(
+                    f"{shard.path} holds {unknown[0]}, which a LLaMA of {config.num_hidden_layers} layers does not have"
+                )
+        return layout
+
+    def _part(self, name: str, config: Config) -> Part:
+        found, shards = names.find(name, "hugging_face"), len(self.files)
+        assert found is not None  # the table has all that a LLaMA has
+        row, _, kind = found
+        meta = names.rename(name, "hugging_face", "meta")
+        assert meta is not None
+        axis = self._embedding_axis if row.meta == "tok_embeddings" else row.axis
+        if kind == ".bias" and axis == 1:
+            axis = None
+        shared = row.meta in ("attention.wk", "attention.wv") and config.num_key_value_heads < shards
+        return Part(meta, axis, shards // config.num_key_value_heads if shared else 1)
+
+    def _check_copies(self, name: str, part: Part, pieces: list[np.ndarray]) -> None:
+        """What several shards hold must be the same in all of them: else they are not of one model."""
+        if part.copies > 1 or part.axis is None:
+            for number, shard in enumerate(self._shards):
+                kept = pieces[0 if part.axis is None else number // part.copies]
+                if not np.array_equal(kept.view(f"u{kept.itemsize}"), shard.read(part.name).view(f"u{kept.itemsize}")):
+                    raise ValueError(
+                        f"{shard.path} holds another {part.name} than the shards before it; they are not of one model"
+                    )
+
+
+def is_meta(path: Path) -> bool:
+    """Whether a folder is in Meta's layout: the shards or params.json are there, or in one of its folders."""
+    here = any(SHARD.fullmatch(file.name) for file in path.iterdir())
+    if here or (path / "config.json").exists():
+        return here
+    return (path / PARAMS).exists() or bool(_folders_below(path))
+
+
+def _folders_below(path: Path) -> list[Path]:
+    return sorted(file.parent for file in path.glob(f"*/{PARAMS}"))
+
+
+def _model_folder(path: Path, model_size: str | None) -> Path:
+    """`path`, or the folder in it that holds params.json: that called after the size, or the only one."""
+    if (path / PARAMS).exists():
+        return path
+    below = _folders_below(path)
+    named = [folder for folder in below if folder.name == model_size]
+    if len(below) > 1 and not named:
+        listed = ", ".join(folder.name for folder in below)
+        raise ValueError(f"{path} holds several models; give the folder of one of them: {listed}")
+    return (named or below or [path])[0]
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    numbered = {int(found[1]): file for file in folder.iterdir() if (found := SHARD.fullmatch(file.name))}
+    if not numbered:
+        raise FileNotFoundError(f"{folder} holds no consolidated.00.pth: there are no weights to read")
+    for number in range(max(numbered)):
+        if number not in numbered:
+            raise FileNotFoundError(f"{folder / f'consolidated.{number:02}.pth'} does not exist; fetch it anew")
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _size(model_size: str | None) -> tuple[float, int] | None:
+    """Billions of parameters and shards of "7B", or "7Bf", as LLaMA 2's chat models are called."""
+    if model_size is None:
+        return None
+    size = SIZES.get(model_size) or SIZES.get(model_size.removesuffix("f"))
+    if size is None:
+        raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got {model_size!r}; or leave it out")
+    return size

@@ -1,0 +1,159 @@
+"""A checkpoint as Meta lays it out: what each consolidated.NN.pth holds, and params.json."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..reference.config import Config
+from ..reference.rope import interleave
+from .meta import LLAMA3_VOCABULARY
+from .names import find, rename, rotated_heads
+from .stored import Stored, release
+from .views import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from . import Checkpoint
+
+# (multiple_of, ffn_dim_multiplier) of the models that Meta has published
+FEED_FORWARDS = ((256, None), (1024, 1.3), (256, 1.5), (256, 1.0), (1024, 1.0), (4096, 1.3), (4096, 1.2), (4096, 1.0))
+
+
+class MetaShard:
+    """What shard `number` of `count` holds, under Meta's names: slices of the checkpoint's tensors, read one by one.
+
+    The rows of q and k stand in pairs. With fewer key and value heads than shards each head is in several.
+
+    Args:
+        embedding_axis: what the embedding is cut along; None: its width as in Llama 1 and 2, or the vocabulary as in
+            Llama 3, and where the head is the embedding, so that they are equal in each shard.
+
+    Raises:
+        ValueError: a tensor has no place in Meta's layout, or cannot be cut into so many.
+    """
+
+    def __init__(self, checkpoint: "Checkpoint", number: int, count: int, embedding_axis: int | None = None):
+        self.checkpoint, self.number, self.count = checkpoint, number, count
+        config = Config.from_dict(checkpoint.config)
+        self._heads = {n: getattr(config, n) for n in ("num_attention_heads", "num_key_value_heads")}
+        if embedding_axis is None:
+            whole = config.vocab_size > LLAMA3_VOCABULARY or config.tie_word_embeddings
+            embedding_axis = 0 if whole else 1
+        self._embedding_axis = embedding_axis
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        """Meta's names, and the checkpoint's. A head that is the embedding is written out, as Meta does."""
+        sources = {}
+        for name in self.checkpoint.tensors:
+            renamed = rename(name, "hugging_face", "meta")
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if renamed is None or name.endswith(".bias"):
+                raise ValueError(f"{self.checkpoint.path}: {name} has no place in Meta's layout")
+            sources[renamed] = name
+        if HEAD not in self.checkpoint.tensors:
+            sources["output.weight"] = EMBEDDING
+        return sources
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        tensors = {}
+        for name, source in self._sources.items():
+            dtype, shape = self.checkpoint.tensors[source]
+            axis, start, stop = self._part(name, shape)
+            tensors[name] = Stored(dtype, (*shape[:axis], stop - start, *shape[axis + 1 :]))
+        return tensors
+
+    def _part(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Along which axis a tensor is cut, and from where to where this shard has it."""
+        found = find(name, "meta")
+        assert found is not None  # `_sources` has names of the table alone
+        row, _, _ = found
+        axis = self._embedding_axis if row.meta == "tok_embeddings" else row.axis
+        if axis is None:
+            return 0, 0, shape[0]
+        number, count, units = self.number, self.count, shape[axis]
+        if row.meta in ("attention.wq", "attention.wo"):
+            units = self._heads["num_attention_heads"]
+        elif row.meta in ("attention.wk", "attention.wv"):
+            units = self._heads["num_key_value_heads"]
+            if count % units == 0:  # no more heads than shards
+                number, count = number * units // count, units
+        if units % count:
+            raise ValueError(
+                f"num_shards ({self.count}) must divide the heads, the widths and the vocabulary: "
+                f"{name} of shape {shape} cannot be cut into so many parts"
+            )
+        length = shape[axis] // count
+        return axis, number * length, (number + 1) * length
+
+    def read(self, name: str) -> np.ndarray:
+        source = self._sources[name]
+        array = self.checkpoint.read(source)
+        axis, start, stop = self._part(name, array.shape)
+        part = array[start:stop] if axis == 0 else array[:, start:stop]
+        heads = rotated_heads(source, self._heads)
+        if heads is None:
+            return part
+        # every head's rows stay together, so that a part can be reordered alone
+        paired = interleave(part, heads * len(part) // len(array))
+        release(part)
+        return paired
+
+
+def params_json(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The contents of params.json for a model of this configuration.
+
+    Raises:
+        ValueError: Meta's code computes no such model; the message names the field.
+    """
+    said = Config.from_dict(dict(config))
+    rope = said.rope_parameters
+    as_meta = {
+        "hidden_act": (said.hidden_act, "silu"),
+        "head_dim": (said.head_dim * said.num_attention_heads, said.hidden_size),
+        "attention_bias": (said.attention_bias, False),
+        "mlp_bias": (said.mlp_bias, False),
+        "rope_type": (rope["rope_type"], rope["rope_type"] if rope["rope_type"] in ("default", "llama3") else "llama3"),
+        "low_freq_factor": (rope.get("low_freq_factor", 1.0), 1.0),
+        "original_max_position_embeddings": (rope.get("original_max_position_embeddings", 8192), 8192),
+    }
+    for field, (is_so, legal) in as_meta.items():
+        if is_so != legal:
+            what = "head_dim · num_attention_heads" if field == "head_dim" else field
+            raise ValueError(f"{path}: {what} is {is_so!r}, and in Meta's layout it can only be {legal!r}")
+    out: dict[str, Any] = {
+        "dim": said.hidden_size,
+        "n_layers": said.num_hidden_layers,
+        "n_heads": said.num_attention_heads,
+        "n_kv_heads": said.num_key_value_heads,
+        "vocab_size": said.vocab_size,
+        "norm_eps": said.rms_norm_eps,
+        "rope_theta": rope["rope_theta"],
+        **_feed_forward(said.hidden_size, said.intermediate_size),
+    }
+    if rope["rope_type"] == "llama3":
+        out |= {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"],
+                "rope_high_freq_factor": rope["high_freq_factor"]}  # fmt: skip
+    return out
+
+
+def intermediate_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's formula for the width of the feed-forward block."""
+    width = int(8 * dim / 3)
+    width = width if multiplier is None else int(multiplier * width)
+    return -(-width // multiple_of) * multiple_of
+
+
+def _feed_forward(dim: int, width: int) -> dict[str, Any]:
+    """`multiple_of` and `ffn_dim_multiplier` that give this width: a published model's where they do."""
+    for multiple_of, multiplier in FEED_FORWARDS:
+        if intermediate_size(dim, multiple_of, multiplier) == width:
+            said = {"multiple_of": multiple_of}
+            return said if multiplier is None else said | {"ffn_dim_multiplier": multiplier}
+    # any other: in the middle of the step that is rounded up to it
+    multiple_of = width & -width
+    return {"multiple_of": multiple_of, "ffn_dim_multiplier": (width - multiple_of // 2 + 0.25) / int(8 * dim / 3)}

@@ -1,0 +1,108 @@
+"""A checkpoint seen in another way: cast to a dtype, with fewer key and value heads. Nothing is kept in memory."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..reference.config import Config
+from . import Checkpoint
+from .stored import Stored, dtype_of, release
+from .write import same
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Changed:
+    """A `Checkpoint` over another one, whose tensors are pooled and cast as they are read.
+
+    A head that is the embedding once more is left out, where the configuration says that they are one.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own.
+        num_key_value_heads: this many key and value heads, each the mean of a group of the source's, taken in float32
+            and rounded once (Ainslie et al. 2023, section 2.1). Query heads keep their order, and find the mean of the
+            head they had.
+
+    Raises:
+        ValueError: the dtype is unknown, or the heads do not divide.
+    """
+
+    def __init__(self, source: Checkpoint, dtype: str | None = None, num_key_value_heads: int | None = None):
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.source, self.path = source, source.path
+        self.dtype = None if dtype is None else DTYPES[dtype]
+        self.heads = num_key_value_heads
+        if num_key_value_heads is not None:
+            self._has = has = Config.from_dict(source.config).num_key_value_heads
+            if num_key_value_heads < 1 or has % num_key_value_heads:
+                raise ValueError(
+                    f"num_key_value_heads ({num_key_value_heads}) must divide the {has} key and value heads "
+                    f"of {source.path}: each new one is the mean of as many old ones"
+                )
+
+    @property
+    def changes(self) -> bool:
+        """Whether any number in it is another than the source's."""
+        return self.dtype is not None or self.heads is not None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The source's, with what was changed, and the dtype of the matrices as both transformers read it."""
+        config = {key: value for key, value in self.source.config.items() if key != "dtype"}
+        matrices = [stored for stored in self.tensors.values() if len(stored.shape) == 2] or self.tensors.values()
+        config["torch_dtype"] = dtype_of(matrices).name
+        return config if self.heads is None else config | {"num_key_value_heads": self.heads}
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self.source.generation_config
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        tensors = {name: self._changed(name, stored) for name, stored in self.source.tensors.items()}
+        tied = self.source.config.get("tie_word_embeddings") and {HEAD, EMBEDDING} <= tensors.keys()
+        if tied and same(self.source.read(HEAD), self.source.read(EMBEDDING), lambda count: None):
+            del tensors[HEAD]
+        return tensors
+
+    def _changed(self, name: str, stored: Stored) -> Stored:
+        shape = stored.shape
+        if self.heads is not None and _is_pooled(name):
+            if shape[0] % self._has:
+                raise ValueError(f"{self.path}: {name} has {shape[0]} rows, which are not {self._has} heads")
+            shape = (shape[0] // self._has * self.heads, *shape[1:])
+        return Stored(stored.dtype if self.dtype is None else self.dtype, shape)
+
+    def read(self, name: str) -> np.ndarray:
+        array, wanted = self.source.read(name), self.tensors[name]
+        if array.dtype == wanted.dtype and array.shape == wanted.shape:
+            return array
+        source = array
+        if self.heads is not None and _is_pooled(name):
+            groups = array.reshape(self.heads, self._has // self.heads, -1, *array.shape[1:])
+            array = groups.mean(axis=1, dtype=np.promote_types(array.dtype, np.float32)).reshape(wanted.shape)
+        with np.errstate(over="ignore"):
+            result = array.astype(wanted.dtype, copy=False)
+        release(source)
+        if _may_overflow(source.dtype, wanted.dtype) and not np.isfinite(result).all() and np.isfinite(source).all():
+            raise ValueError(
+                f"{self.path}: {name} holds numbers that {wanted.dtype} cannot; choose --dtype bfloat16 or float32"
+            )
+        return result
+
+    def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
+        return self.source.tokenizer()
+
+
+def _is_pooled(name: str) -> bool:
+    return any(f".{projection}." in name for projection in ("k_proj", "v_proj"))
+
+
+def _may_overflow(source: np.dtype, wanted: np.dtype) -> bool:
+    return bool(float(ml_dtypes.finfo(wanted).max) < float(ml_dtypes.finfo(source).max))

@@ -1,0 +1,133 @@
+"""`llama info`: what a model is, and what it takes to run it, from the headers of its files alone."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .checkpoints import Checkpoint
+from .checkpoints.gguf import GGUFFile
+from .checkpoints.huggingface import HuggingFaceFolder
+from .checkpoints.meta import MetaFolder
+from .reference import Config
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes a model runs in, and their bytes
+DEFAULT_TOKENS = 4096
+
+
+@dataclass
+class Info:
+    """What was found.
+
+    parameters: a weight that the head shares with the embedding counted once; `embedding` are the embedding's.
+    stored: bytes in the files by type, quantised ones under their own names.
+    memory: by dtype, the bytes of the weights and of the cache. A cache keeps a key and a value of every token, in each
+        layer and key/value head: 2 · layers · batch · kv_heads · tokens · head_dim numbers. What is computed on the way
+        (a few rows of the width, and the logits) comes on top.
+    """
+
+    path: str
+    format: str
+    files: int
+    architecture: str
+    config: Config
+    parameters: int
+    embedding: int
+    stored: dict[str, int]
+    tokens: int
+    batch: int
+    memory: dict[str, dict[str, int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        c = self.config
+        stored = ", ".join(f"{in_bytes(size)} {kind}" for kind, size in self.stored.items())
+        tied = " (the head's too)" if c.tie_word_embeddings else ""
+        heads = "one" if c.num_key_value_heads == 1 else f"{c.num_key_value_heads:,}"
+        rope = dict(c.rope_parameters)
+        kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+        # longrope's factors are one number for each frequency
+        said = [f"{key} {value:g}" for key, value in rope.items() if isinstance(value, int | float)]
+        yield f"path          {self.path}"
+        yield f"format        {self.format}, {self.files:,} file{'s' * (self.files != 1)}: {stored}"
+        yield f"architecture  {self.architecture}"
+        yield f"layers        {c.num_hidden_layers:,} of width {c.hidden_size:,}, MLP of width {c.intermediate_size:,}"
+        yield f"heads         {c.num_attention_heads:,} of size {c.head_dim:,}, {heads} for keys and values"
+        yield f"parameters    {self.parameters:,}, of which {self.embedding:,} are the embedding's{tied}"
+        yield f"vocabulary    {c.vocab_size:,} tokens"
+        yield f"context       {c.max_position_embeddings:,} tokens"
+        yield f"RoPE          {kind}, " + ", ".join([f"theta {theta:g}", *said])
+        yield ""
+        texts = "" if self.batch == 1 else f" in each of {self.batch:,} texts"
+        yield f"memory to run it, with a cache of {self.tokens:,} tokens{texts}"
+        yield f"{'':12}{'weights':>12}{'cache':>12}{'together':>12}"
+        for dtype, needed in self.memory.items():
+            cells = (needed["weights"], needed["cache"], needed["weights"] + needed["cache"])
+            yield f"  {dtype:10}" + "".join(f"{in_bytes(cell):>12}" for cell in cells)
+
+
+def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> Info:
+    """What the headers of a checkpoint say.
+
+    Args:
+        tokens: how many the cache is to hold for each of the `batch` texts; by default 4096, or the context if shorter.
+
+    Raises:
+        ValueError, OSError: a file is missing or damaged; the message names it.
+    """
+    try:
+        config = Config.from_dict(checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    for name, value in (("tokens", tokens), ("batch", batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    tokens = min(DEFAULT_TOKENS, config.max_position_embeddings) if tokens is None else tokens
+    tensors = {n: s for n, s in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    tied = config.tie_word_embeddings and "lm_head.weight" in tensors
+    parameters = sum(s.size for name, s in tensors.items() if not (tied and name == "lm_head.weight"))
+    embedding = sum(stored.size for name, stored in tensors.items() if name.endswith("embed_tokens.weight"))
+    kept = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * tokens * config.head_dim
+    memory = {dtype: {"weights": parameters * width, "cache": kept * width} for dtype, width in WIDTHS.items()}
+    name, files = _format(checkpoint)
+    architecture = str((checkpoint.config.get("architectures") or ["LlamaForCausalLM"])[0])
+    stored = _bytes_by_type(checkpoint)
+    return Info(str(checkpoint.path), name, files, architecture, config, parameters, embedding, stored, tokens, batch,
+                memory)  # fmt: skip
+
+
+def in_bytes(count: int) -> str:
+    """ "1.23 GB": three digits and a power of 1000."""
+    if count < 1000:
+        return f"{count} bytes"
+    units = iter(("kB", "MB", "GB", "TB", "PB", "EB"))
+    size = float(count)
+    while size >= 999.5:
+        size, unit = size / 1000, next(units)
+    return f"{size:.{3 - len(str(int(size)))}f} {unit}"
+
+
+def _format(checkpoint: Checkpoint) -> tuple[str, int]:
+    """What the files are, and how many hold the weights."""
+    if isinstance(checkpoint, GGUFFile):
+        return "GGUF", 1
+    if isinstance(checkpoint, MetaFolder):
+        return f"Meta's .pth, LLaMA {checkpoint.version}", len(checkpoint.files)
+    assert isinstance(checkpoint, HuggingFaceFolder)
+    files = checkpoint.files
+    return "Hugging Face's " + ("safetensors" if files[0].suffix == ".safetensors" else ".bin"), len(files)
+
+
+def _bytes_by_type(checkpoint: Checkpoint) -> dict[str, int]:
+    stored: Counter[str] = Counter()
+    if isinstance(checkpoint, GGUFFile):
+        for kind, size in checkpoint.kinds.values():
+            stored[kind] += size
+    else:
+        for tensor in checkpoint.tensors.values():
+            stored[tensor.dtype.name] += tensor.nbytes
+    return dict(stored.most_common())
