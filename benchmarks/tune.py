@@ -18,9 +18,9 @@ import triton
 
 from llama import static
 from llama.kernels import launch, tiles
-from llama.kernels.tiles import Attention, Block, Heads, Rows
+from llama.kernels.tiles import Attention, Block, Heads, Products, Rows
 
-KERNELS = ("rms_norm", "rope", "swiglu", "cross_entropy", "flash_attention", "decode_attention")
+KERNELS = ("rms_norm", "rope", "swiglu", "gemv", "cross_entropy", "flash_attention", "decode_attention")
 
 
 class Entry(NamedTuple):
@@ -76,7 +76,8 @@ def entries(kernel: str, family: str) -> Iterator[Entry]:
         rows = [Rows(*tile) for tile in product((1, 2, 4), (1, 2, 4, 8, 16))]
         heads = [Heads(*tile) for tile in product((4, 8, 16, 32, 64), (1, 2, 4, 8))]
         blocks = [Block(*tile) for tile in product((512, 1024, 2048, 4096), (2, 4, 8))]
-        candidates = {"rms_norm": rows, "rope": heads, "swiglu": blocks}[kernel]
+        products = [Products(*tile) for tile in product((2, 4, 8, 16), (256, 512, 1024), (2, 4, 8), (1, 2, 3, 4))]
+        candidates = {"rms_norm": rows, "rope": heads, "swiglu": blocks, "gemv": products}[kernel]
         for shape in dict.fromkeys(case.shape for case in static.cases() if kernel in case.kernel):
             yield Entry(f"{kernel} at {shape}", tiles, kernel, candidates,
                         lambda case, shape=shape: kernel in case.kernel and case.shape == shape)  # fmt: skip

@@ -9,7 +9,11 @@ in between. Bound by arithmetic. Truth: `llama.reference.flash_attention`.
 
 On Hopper and Blackwell keys and values come by TMA descriptors, made on the host: they save the registers that
 addresses would take. Rows that descriptors cannot address take the plain path.
+
+`_takes_hopper` is the one place that hands a call to another kernel, `flash_attention_hopper`.
 """
+
+import os
 
 import torch
 import triton
@@ -188,6 +192,11 @@ def _flash_attention(
     B, H, T, D = q.shape
     if not (B and H and T):
         return out, lse
+    if causal and _takes_hopper(launch.family(q.device), q, k, v):
+        from .flash_attention_hopper import flash_attention_hopper
+
+        flash_attention_hopper(q, k, v, starts, lengths, first_keys, mask, offset, out, lse if return_lse else None)
+        return out, lse
     # Offsets within a tile have 32 bits.
     q, k, v = (x if max(x.stride()[2:]) <= 2**23 else x.contiguous() for x in (q, k, v))
     block_d = max(16, triton.next_power_of_2(D))
@@ -207,6 +216,21 @@ def _flash_attention(
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def _takes_hopper(family: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `flash_attention_hopper` computes this: somebody asks for it, and it was made for it.
+
+    LLAMA_TRITON_HOPPER=1 asks. It is an experiment, off by default: the kernel has never run on a GPU.
+    """
+    return (
+        os.environ.get("LLAMA_TRITON_HOPPER") == "1"
+        and family == "sm_90"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] in tiles.PREFILL_HOPPER
+        and q.shape[2] > tiles.SHORT
+        and all(_has_descriptors(x) for x in (q, k, v))
+    )
 
 
 def _has_descriptors(x: torch.Tensor) -> bool:

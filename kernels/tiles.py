@@ -1,8 +1,8 @@
 """Every kernel's configuration, by GPU family and shape class. `benchmarks/tune.py` measures rivals of these.
 
-Fixed in advance: nothing is tuned at a user's first call, and nothing depends on how many rows there are, so that a
-row's bits do not depend on its batch. Where two chips share a family they share its shared memory and matrix units
-(`launch.family_of`). A test compiles every entry for its family without a GPU and wants no spills.
+Fixed in advance: nothing is tuned at a user's first call, and nothing but gemv's depends on how many rows there are, so
+that a row's bits do not depend on its batch. Where two chips share a family they share its shared memory and matrix
+units (`launch.family_of`). A test compiles every entry for its family without a GPU and wants no spills.
 """
 
 from functools import cache
@@ -37,6 +37,15 @@ class Heads(NamedTuple):
     warps: int
 
 
+class Products(NamedTuple):
+    """Rows of a weight and numbers of each that a program takes at a time, warps, stages of the pipeline."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
 class Attention(NamedTuple):
     """Queries and keys of a tile, warps, stages of the pipeline, and whether keys come by TMA descriptors."""
 
@@ -45,6 +54,14 @@ class Attention(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+
+
+class Hopper(NamedTuple):
+    """Queries and keys of a tile, and how many blocks of keys and of values are under way at a time."""
+
+    block_q: int
+    block_k: int
+    stages: int
 
 
 # Of the kernels that memory binds a thread should load 16 bytes at a time: eight numbers, or more, of two bytes.
@@ -72,6 +89,17 @@ def rope(family: str, heads: int, head_dim: int) -> Heads:
     return Heads(at_once, _warps(family, at_once * half, 4))
 
 
+@cache
+def gemv(family: str, rows: int, dtype: torch.dtype, gated: bool) -> Products:
+    """A thread adds up at most 64 numbers: those of each row of x and of both weights of a gate."""
+    if family == "interpreter":
+        return Products(8, 32, 4, 1)
+    block_k = 512 if dtype.itemsize == 2 else 256
+    if gated and rows > 1:  # with four warps a few registers spill, on sm_80 or sm_89
+        return Products(2, 2 * block_k, 8, 2)
+    return Products((8 if rows == 1 else 4) // (2 if gated else 1), block_k, 4, 3)
+
+
 def _warps(family: str, numbers: int, most: int) -> int:
     """As many as have eight numbers for each of their threads."""
     return min(most, max(1, numbers // (8 * (64 if family == "gfx942" else 32))))
@@ -94,6 +122,10 @@ PREFILL_PLAIN: dict[str, dict[int, Attention]] = {
     "sm_100": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 32, 8, 2)},
 }
 PREFILL_FLOAT32 = {64: Attention(32, 32, 4, 1), 128: Attention(32, 32, 8, 1), 256: Attention(16, 16, 16, 1)}
+# By head_dim, of the kernel for sm_90 that has to be asked for. Padding and packing take registers, and blocks of 128
+# keys would spill (Triton 3.9).
+PREFILL_HOPPER = {64: Hopper(128, 128, 4), 128: Hopper(128, 128, 2)}
+PREFILL_HOPPER_PADDED = Hopper(128, 64, 4)
 # One new token: the heads of a group are the rows, of which a matrix unit wants 16 at least.
 DECODE: dict[str, dict[int, Attention]] = {
     name: {64: Attention(16, 64, 4, stages), 128: Attention(16, 64, 4, stages), 256: Attention(16, 32, 4, stages)}
@@ -123,6 +155,11 @@ def prefill(family: str, head_dim: int, dtype: torch.dtype, tokens: int, tma: bo
         return PREFILL_FLOAT32[size]
     tile = PREFILL[family][size]
     return tile if tma or not tile.tma else PREFILL_PLAIN[family][size]
+
+
+def hopper(head_dim: int, plain: bool) -> Hopper:
+    """The tile of flash_attention_hopper; plain has neither padding nor packing."""
+    return PREFILL_HOPPER[head_dim] if plain else PREFILL_HOPPER_PADDED
 
 
 def decode(family: str, head_dim: int, dtype: torch.dtype) -> Attention:

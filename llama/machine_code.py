@@ -9,8 +9,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.knobs import nvidia
@@ -19,8 +20,65 @@ from triton.runtime.cache import get_cache_manager
 # The most shared memory that one program may have, in bytes.
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_MEMORY = 512  # columns, on sm_100
+
+
+class Chip(NamedTuple):
+    """What a processor of the GPU (SM, CU) has for the programs on it, and what the whole GPU's data sheet promises.
+
+    warps, programs: the most that may be there at once. shared: bytes, of which each program takes `reserved` more than
+    it asks for. halves, floats: TFLOP/s, of dense products in bfloat16 and of float32. memory: TB/s.
+    """
+
+    name: str
+    warps: int
+    programs: int
+    shared: int
+    reserved: int
+    halves: float
+    floats: float
+    memory: float
+
+
+# CUDA C++ Programming Guide, "Technical specifications per compute capability"; CDNA 3's ISA; the makers' data sheets.
+CHIPS = {
+    "sm_80": Chip("A100 80GB SXM", 64, 32, 167936, 1024, 312, 19.5, 2.039),
+    "sm_89": Chip("L40S", 48, 24, 102400, 1024, 362, 91.6, 0.864),
+    "sm_90": Chip("H100 SXM", 64, 32, 233472, 1024, 989, 67, 3.35),
+    "sm_100": Chip("B200", 64, 32, 233472, 1024, 2250, 80, 8.0),
+    "gfx942": Chip("MI300X", 32, 32, 65536, 0, 1307, 163.4, 5.3),
+}
+
+
+def occupancy(target: str, registers: int, warps: int, shared_bytes: int) -> float:
+    """The warps that fit on a processor at once, by registers and shared memory, over the most there may be.
+
+    NVIDIA: 65,536 registers of 4 bytes, in units of 256 for a warp, warps in fours. AMD: 512 vector registers for the
+    lanes of a SIMD, in units of 8, four SIMDs.
+    """
+    chip = CHIPS[target]
+    if target.startswith("gfx"):
+        by_registers = 4 * (512 // (-(-max(registers, 1) // 8) * 8))
+    else:
+        by_registers = 65536 // (-(-max(registers, 1) * 32 // 256) * 256) // 4 * 4
+    programs = min(by_registers // warps, chip.warps // warps, chip.programs)
+    if shared_bytes + chip.reserved:
+        programs = min(programs, chip.shared // (shared_bytes + chip.reserved))
+    return programs * warps / chip.warps
+
+
+def roofline(target: str, moved: int, flops: int, halves: bool) -> dict[str, Any]:
+    """Where a call stands under the data sheet's roof (Williams et al. 2009): its FLOP per byte, and what binds it."""
+    chip = CHIPS[target]
+    peak, intensity = chip.halves if halves else chip.floats, flops / moved
+    return {
+        "chip": chip.name, "intensity": round(intensity, 3), "ridge": round(peak / chip.memory, 1),
+        "bound": "memory" if intensity < peak / chip.memory else "arithmetic",
+        "floor_us": float(f"{max(moved / chip.memory, flops / peak) / 1e6:.4g}"),
+    }  # fmt: skip
+
+
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
-_SEEN = "seen-4.json"  # another number where `inspect` learns to see something else
+_SEEN = "seen-5.json"  # another number where `inspect` learns to see something else
 
 
 def inspect(kernel: Any, target: str) -> dict[str, Any]:
@@ -44,7 +102,8 @@ def _nvidia(kernel: Any, target: str) -> dict[str, Any]:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])
         usage = _tool(nvidia.cuobjdump.path, "--dump-resource-usage", path)
-        count = Counter(_INSTRUCTION.findall(_tool(nvidia.nvdisasm.path, "-c", path)))
+        code = _INSTRUCTION.findall(_tool(nvidia.nvdisasm.path, "-c", path))
+        count = Counter(code)
     resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     families: Counter[str] = Counter()
     for instruction, times in count.items():
@@ -59,7 +118,26 @@ def _nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "wide_loads": sum(times for name, times in loads.items() if ".128" in name) + families["UTMALDG"],
         "narrow_loads": sum(times for name, times in loads.items() if re.search(r"\.[US](8|16)\b", name)),
         "serialized": "HGMMA" in matrix and _is_serialized(kernel, target),
+        **_asynchrony(kernel.asm["ptx"]),
         "instructions": sum(count.values()),
+    }
+
+
+def _asynchrony(ptx: str) -> dict[str, Any]:
+    """What Hopper's kernels do at the same time, by the order of the instructions.
+
+    overlapped: whether there are exponentials between a wait that leaves a product under way and the next product or
+    wait. register_moves: how often warps hand over registers. unguarded_arrivals: at barriers in shared memory, by one
+    thread for all of its warps, which have not met just before.
+    """
+    words = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+\d|wgmma\.mma_async|ex2\.approx|setmaxnreg|bar\.sync"
+                       r"|mbarrier\.arrive\.shared|mbarrier\.try_wait", ptx)  # fmt: skip
+    pairs = list(pairwise(words))
+    work = pairwise(word for word in words if word.startswith(("wgmma", "ex2")))
+    return {
+        "overlapped": any(re.search(r"wait_group.*[1-9]", a) and b == "ex2.approx" for a, b in work),
+        "register_moves": words.count("setmaxnreg"),
+        "unguarded_arrivals": sum(b == "mbarrier.arrive.shared" and a != "bar.sync" for a, b in pairs),
     }
 
 
@@ -97,5 +175,6 @@ def _amd(kernel: Any) -> dict[str, Any]:
         "wide_loads": loads["dwordx4"],
         "narrow_loads": sum(times for name, times in loads.items() if "short" in name or "byte" in name),
         "serialized": False,
+        **_asynchrony(""),
         "instructions": len(re.findall(r"^\s+[vs]_", code, re.MULTILINE)),
     }

@@ -31,6 +31,7 @@ except ImportError:
 
 BACKENDS = ("auto", "torch", "triton")
 WIDEST_ROW = 16384  # of the kernels for RMSNorm: kernels/tiles.py says the same
+MOST_ROWS = 4  # of the kernels for products of a few rows: kernels/gemv.py says the same
 LARGE = 2**25  # a matrix of as many numbers takes one core some five milliseconds to read
 IN_CACHE = 2**15  # weights of fewer numbers stay in a core's cache, and NumPy's detour costs more than it brings
 
@@ -383,6 +384,64 @@ def _attend_in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding
     )
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def apply_rope_to_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """`apply_rope`, with k and v written into caches (B, K, S, D) at positions (B, T) of them; gives the turned q."""
+    if uses_triton(backend, q, k, v):
+        from .kernels import rope as kernel
+
+        return kernel.apply_rope_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions)
+    q, k = apply_rope(q, k, cos, sin, backend)
+    places = positions[:, None, :, None].expand_as(k)
+    k_cache.scatter_(2, places, k)
+    v_cache.scatter_(2, places, v)
+    return q
+
+
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
+    mask: torch.Tensor, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """`attention` of one token per row, q (B, H, 1, D), to the first lengths (B,) places of caches (B, K, S, D), but
+    for those that mask (B, S) calls padding. What lies beyond a length must be finite."""
+    if q.shape[-1] <= 256 and uses_triton(backend, q, k_cache, v_cache):
+        from .kernels import decode_attention as kernel
+
+        return kernel.decode_attention(q, k_cache, v_cache, lengths, mask)
+    seen = mask & (torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None])
+    return attention(q, k_cache, v_cache, seen[:, None, None], backend="torch")
+
+
+def gemv(
+    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], backend: str = "auto"
+) -> list[torch.Tensor]:
+    """weight x + bias of each of up to three, for the few rows of x (B, 1, I) that one token per text makes."""
+    if not _suits_gemv(x, biases, weights, backend):
+        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    from .kernels import gemv as kernel
+
+    return list(kernel.gemv(x[:, 0], *weights)[:, None].split([len(weight) for weight in weights], dim=-1))
+
+
+def gemv_swiglu(
+    x: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None,
+    up: torch.Tensor, up_bias: torch.Tensor | None, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """`swiglu` of the two products."""
+    if not _suits_gemv(x, [gate_bias, up_bias], [gate, up], backend):
+        return swiglu(F.linear(x, gate, gate_bias), F.linear(x, up, up_bias), backend)
+    from .kernels import gemv as kernel
+
+    return kernel.gemv_swiglu(x[:, 0], gate, up)[:, None]
+
+
+def _suits_gemv(x: torch.Tensor, biases: list[torch.Tensor | None], weights: list[torch.Tensor], backend: str) -> bool:
+    few = len(x) <= MOST_ROWS and all(bias is None for bias in biases)
+    return few and uses_triton(backend, x, *weights)
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: "torch.Tensor | Padding | None") -> torch.Tensor:

@@ -21,7 +21,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import machine_code
-from .kernels import cross_entropy, decode_attention, flash_attention, launch, rms_norm, rope, swiglu, tiles
+from .benchmarks.shapes import COSTS
+from .kernels import cross_entropy, decode_attention, flash_attention, gemv, launch, rms_norm, rope, swiglu, tiles
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TARGETS = {
@@ -40,6 +41,9 @@ class Case(NamedTuple):
     launch: Callable[[], object]
     mma: dict[str, str] | None = None  # the family of matrix instruction, by target
     wide: bool = True  # whether the strides allow loads of 128 bits
+    sizes: dict[str, int] | None = None  # the letters of benchmarks/shapes.py, for the roofline; e are the bytes
+    targets: tuple[str, ...] = tiles.FAMILIES  # those that have this kernel
+    overlaps: bool = False  # whether softmax should run while a product is under way
 
 
 def work(targets: Iterable[str], kernel: str | None = None) -> list[tuple[str, Case]]:
@@ -53,7 +57,8 @@ def work(targets: Iterable[str], kernel: str | None = None) -> list[tuple[str, C
     names = dict.fromkeys(case.kernel for case in everything)
     if kernel is not None and kernel not in names:
         raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(names)}")
-    return [(target, case) for target in targets for case in everything if kernel in (None, case.kernel)]
+    return [(target, case) for target in targets for case in everything
+            if kernel in (None, case.kernel) and target in case.targets]  # fmt: skip
 
 
 def records(work: Iterable[tuple[str, Case]]) -> Iterator[dict[str, Any]]:
@@ -83,19 +88,34 @@ def build(case: Case, target: str) -> list[dict[str, Any]]:
     head = {"kernel": case.kernel, "target": target}
     made = []
     for compiled, options, seconds in built:
-        wanted = case.mma[target] if case.mma and "BLOCK_P" not in options else None  # pieces join without products
+        joins = "BLOCK_P" in options  # the pieces of a decode attention, without products
+        wanted = case.mma[target] if case.mma and not joins else None
+        seen = machine_code.inspect(compiled, target)
         made.append(head | {
             "config": {"shape": case.shape} | options,
-            **machine_code.inspect(compiled, target),
-            "mma_wanted": wanted, "wide_wanted": case.wide, "function": compiled.name, "hash": compiled.hash,
+            **seen,
+            "occupancy": machine_code.occupancy(
+                target, seen["registers"], compiled.metadata.num_warps, seen["shared_bytes"]
+            ),
+            "roofline": None if joins else roofline(case, target),
+            "mma_wanted": wanted, "wide_wanted": case.wide, "overlap_wanted": case.overlaps,
+            "function": compiled.name, "hash": compiled.hash,
             "seconds": round(seconds, 2), "triton": triton.__version__, "error": None,
         })  # fmt: skip
     if error is not None:
-        nothing = dict.fromkeys(("registers", "spills", "shared_bytes", "mma"))
+        nothing = dict.fromkeys(("registers", "spills", "shared_bytes", "mma", "occupancy", "roofline"))
         config = {"shape": case.shape}
         made.append(head | {"config": config, **nothing, "hash": f"{case.kernel} {case.shape}",
                             "triton": triton.__version__, "error": error})  # fmt: skip
     return [record | {"problems": problems(record)} for record in made]
+
+
+def roofline(case: Case, target: str) -> dict[str, Any] | None:
+    """Where the call stands under the target's roofline, where its sizes say what it must move and compute."""
+    if case.sizes is None:
+        return None
+    cost = COSTS[case.kernel]
+    return machine_code.roofline(target, cost.moved(**case.sizes), cost.flops(**case.sizes), case.sizes["e"] == 2)
 
 
 class _Driver:
@@ -161,6 +181,12 @@ def problems(record: dict[str, Any]) -> list[str]:
         found.append("has no load of 128 bits")
     if record["scratch_bytes"]:
         found.append("needs scratch memory on the device")
+    if record["overlap_wanted"] and not record["overlapped"]:
+        found.append("computes no softmax while a product is under way")
+    if record["overlap_wanted"] and not record["register_moves"]:
+        found.append("has as many registers for the producer as for the consumers")
+    if record["unguarded_arrivals"]:
+        found.append("arrives at a barrier before all of its warps are done")
     if record["serialized"]:
         found.append("has matrix instructions that wait for one another (ptxas: serialized)")
     return found
@@ -174,13 +200,15 @@ def line(record: dict[str, Any]) -> str:
     if record["error"]:
         return head + record["problems"][0]
     numbers = f"{record['registers']:4} registers {record['spills']:4} spills {record['shared_bytes']:7} bytes"
-    return "  ".join([head + numbers, f"{record['mma'] or '-':8}{tile}", *record["problems"]])
+    bound = record["roofline"]["bound"] if record["roofline"] else "-"
+    words = f"{record['occupancy']:5.0%} occupied  {bound:11}{record['mma'] or '-':8}{tile}"
+    return "  ".join([head + numbers, words, *record["problems"]])
 
 
 def cases(device: str = "meta") -> list[Case]:
     """Calls that between them reach every entry of `tiles`; on a real device their inputs have sensible values."""
     with torch.device(device):
-        return [*_norms(), *_ropes(), *_gates(), *_losses(), *_prefills(), *_decodes()]
+        return [*_norms(), *_ropes(), *_gates(), *_losses(), *_prefills(), *_hoppers(), *_decodes(), *_gemvs()]
 
 
 def _heads(heads: int, size: int, dtype: torch.dtype, tokens: int = 1024) -> torch.Tensor:
@@ -197,9 +225,9 @@ def _norms() -> Iterator[Case]:
     for dtype in (BF16, FP32):
         for width in (256, 576, 2048, 4096, 5120, 8192, tiles.WIDEST_ROW):
             x, weight = torch.randn(2, 512, width, dtype=dtype), torch.randn(width, dtype=dtype)
-            shape = f"{width} {_word(dtype)}"
-            yield Case("rms_norm", shape, partial(plain, x, weight, 1e-5))
-            yield Case("add_rms_norm", shape, partial(added, x, x, weight, 1e-5))
+            shape, sizes = f"{width} {_word(dtype)}", {"B": 2, "T": 512, "E": width, "e": dtype.itemsize}
+            yield Case("rms_norm", shape, partial(plain, x, weight, 1e-5), sizes=sizes)
+            yield Case("add_rms_norm", shape, partial(added, x, x, weight, 1e-5), sizes=sizes)
 
 
 def _ropes() -> Iterator[Case]:
@@ -211,16 +239,19 @@ def _ropes() -> Iterator[Case]:
     ):  # fmt: skip
         q, k, cos = _heads(H, D, dtype), _heads(K, D, dtype), torch.randn(1, 1024, D, dtype=dtype)
         shape = f"{H}/{K} heads of {D} {_word(dtype)}"
-        yield Case("apply_rope", shape, partial(fresh, q, k, cos, cos))
+        sizes = {"B": 2, "T": 1024, "H": H, "K": K, "D": D, "e": dtype.itemsize}
+        yield Case("apply_rope", shape, partial(fresh, q, k, cos, cos), sizes=sizes)
         cache = torch.zeros(2, K, 4096, D, dtype=dtype)
-        yield Case("apply_rope_to_cache", shape, partial(stored, q, k, k, cos, cos, cache, cache, places))
+        call = partial(stored, q, k, k, cos, cos, cache, cache, places)
+        yield Case("apply_rope_to_cache", shape, call, sizes=sizes)
 
 
 def _gates() -> Iterator[Case]:
     for dtype in (BF16, FP32):
         for width in (1536, 11008, 14336):
             gate, up = torch.randn(2, 512, 2 * width, dtype=dtype).chunk(2, -1)
-            yield Case("swiglu", f"{width} {_word(dtype)}", partial(swiglu._swiglu.launch, gate, up))
+            sizes = {"B": 2, "T": 512, "F": width, "e": dtype.itemsize}
+            yield Case("swiglu", f"{width} {_word(dtype)}", partial(swiglu._swiglu.launch, gate, up), sizes=sizes)
 
 
 def _losses() -> Iterator[Case]:
@@ -229,7 +260,8 @@ def _losses() -> Iterator[Case]:
     for dtype in (BF16, FP32):
         for vocabulary in (32000, 128256):
             logits, shape = torch.randn(2, 512, vocabulary, dtype=dtype), f"{vocabulary} {_word(dtype)}"
-            yield Case("cross_entropy", shape, partial(plain, logits, labels, -100))
+            sizes = {"B": 2, "T": 512, "V": vocabulary, "e": dtype.itemsize}
+            yield Case("cross_entropy", shape, partial(plain, logits, labels, -100), sizes=sizes)
         hidden, weight = torch.randn(2, 512, 64, dtype=dtype), torch.randn(vocabulary, 64, dtype=dtype)
         yield Case("linear_cross_entropy", shape, partial(linear, hidden, weight, labels, -100))
 
@@ -260,7 +292,34 @@ def _prefill(words: str, D: int, dtype: torch.dtype = BF16, T: int = 1024, expan
     products = None if dtype == FP32 else SMALL_PRODUCTS if T <= tiles.SHORT else LARGE_PRODUCTS
     call = partial(flash_attention._flash_attention.launch,
                    q, k, k, True, starts, lengths, first_keys, mask, 4096 - T, False)  # fmt: skip
-    return Case("flash_attention", f"{words} D={D} {_word(dtype)}", call, products, wide)
+    sizes = {"B": 2, "T": T, "S": 4096, "H": 32, "K": 1 if expanded else 8, "D": D, "e": dtype.itemsize}
+    return Case("flash_attention", f"{words} D={D} {_word(dtype)}", call, products, wide, sizes)
+
+
+def _hoppers() -> Iterator[Case]:
+    """Every tile of flash_attention_hopper: plain, padded as the model pads, and with all that it takes."""
+    starts, lengths = torch.zeros(2, dtype=torch.int32), torch.full((2,), 4096, dtype=torch.int32)
+    padding: dict[str, Any] = {"starts": starts, "lengths": lengths, "mask": torch.ones(2, 4096, dtype=torch.bool)}
+    for D in tiles.PREFILL_HOPPER:
+        yield _hopper("causal", D, BF16)
+        yield _hopper("padded", D, BF16, **padding)
+        yield _hopper("packed, padded, lse", D, torch.float16, lse=True, **padding,
+                      first_keys=torch.zeros(2, 1024, dtype=torch.int64))  # fmt: skip
+
+
+def _hopper(words: str, D: int, dtype: torch.dtype, lse: bool = False,
+            starts: Any = None, lengths: Any = None, first_keys: Any = None, mask: Any = None) -> Case:  # fmt: skip
+    q, k = _heads(32, D, dtype), torch.randn(2, 8, 4096, D, dtype=dtype)
+
+    def call() -> None:  # Gluon is not everywhere where Triton is
+        from .kernels import flash_attention_hopper as hopper
+
+        out, sums = flash_attention._outputs(q, lse)
+        hopper.flash_attention_hopper(q, k, k, starts, lengths, first_keys, mask, 3072, out, sums if lse else None)
+
+    sizes = {"B": 2, "T": 1024, "S": 4096, "H": 32, "K": 8, "D": D, "e": dtype.itemsize}
+    return Case("flash_attention", f"Hopper, {words} D={D} {_word(dtype)}", call, LARGE_PRODUCTS, sizes=sizes,
+                targets=("sm_90",), overlaps=True)  # fmt: skip
 
 
 def _decodes() -> Iterator[Case]:
@@ -281,4 +340,26 @@ def _decode(words: str, D: int, dtype: torch.dtype = BF16, K: int = 8, wide: boo
     cache = cache if pages is None else cache.view(128, K, 64, D)
     call = partial(decode_attention._decode_attention.launch, q, cache, cache, torch.full((2,), 4096), mask, pages)
     products = None if dtype == FP32 else SMALL_PRODUCTS
-    return Case("decode_attention", f"{words} D={D} {_word(dtype)}", call, products, wide)
+    sizes = {"B": 2, "S": 4096, "H": 32, "K": K, "D": D, "e": dtype.itemsize, "page": 0 if pages is None else 64}
+    return Case("decode_attention", f"{words} D={D} {_word(dtype)}", call, products, wide, sizes)
+
+
+def _gemvs() -> Iterator[Case]:
+    """Llama-3-8B's width, for one row and as many as there may be; and one that no tile divides."""
+    for rows in (1, gemv.MOST_ROWS):
+        yield from _gemv(rows, 4096, BF16)
+        yield from _gemv(rows, 4096, FP32)
+    yield from _gemv(1, 4096, BF16, pdl=True)
+    yield from _gemv(1, 576, BF16)
+
+
+def _gemv(rows: int, width: int, dtype: torch.dtype, pdl: bool = False) -> Iterator[Case]:
+    H, K, D, F = width // 64, width // 256, 64, 14336
+    x, gate = torch.randn(rows, width, dtype=dtype), torch.randn(F, width, dtype=dtype)
+    q, k = torch.randn(H * D, width, dtype=dtype), torch.randn(K * D, width, dtype=dtype)
+    shape = f"{rows} x {width} {_word(dtype)}{' pdl' * pdl}"
+    sizes = {"B": rows, "E": width, "H": H, "K": K, "D": D, "F": F, "e": dtype.itemsize}
+    qkv, o = partial(gemv._gemv.launch, x, q, k, k, pdl), partial(gemv._gemv.launch, x, q, None, None, pdl)
+    yield Case("gemv", f"q k v {shape}", qkv, sizes=sizes)
+    yield Case("gemv", f"o {shape}", o, sizes=sizes | {"K": 0})
+    yield Case("gemv_swiglu", shape, partial(gemv._gemv_swiglu.launch, x, gate, gate, pdl), sizes=sizes)

@@ -27,7 +27,7 @@ float64 to judge others by. Only RoPE's tables are float32 always.
 from .attention import attention, attention_weights, causal_visibility, decode_attention, softmax
 from .cache import KVCache
 from .config import Config
-from .feed_forward import ACTIVATIONS, feed_forward, linear, silu, swiglu
+from .feed_forward import ACTIVATIONS, feed_forward, gemv, gemv_swiglu, linear, silu, swiglu
 from .flash import flash_attention
 from .generation import generate, stream
 from .gradients import (
@@ -79,6 +79,8 @@ __all__ = [
     "feed_forward",
     "flash_attention",
     "forward",
+    "gemv",
+    "gemv_swiglu",
     "generate",
     "interleave",
     "linear",

@@ -80,6 +80,18 @@ def swiglu(gate: Float[np.ndarray, "*batch F"], up: Float[np.ndarray, "*batch F"
     return silu(gate) * up
 
 
+def gemv(x: Float[np.ndarray, "R I"], *weights: Float[np.ndarray, "_ I"]) -> Float[np.ndarray, "R O"]:
+    """W x of several weights side by side, for the few rows x of a step of decoding."""
+    return np.concatenate([x @ weight.T for weight in weights], axis=1)
+
+
+def gemv_swiglu(
+    x: Float[np.ndarray, "R I"], gate: Float[np.ndarray, "F I"], up: Float[np.ndarray, "F I"]
+) -> Float[np.ndarray, "R F"]:
+    """The same of a gate: the first half of `feed_forward`, for silu."""
+    return swiglu(x @ gate.T, x @ up.T)
+
+
 def feed_forward(
     x: Float[np.ndarray, "*batch E"], params: dict, prefix: str, hidden_act: str
 ) -> Float[np.ndarray, "*batch E"]:

@@ -37,6 +37,7 @@ def main() -> None:
         prefill = {D: static._prefill("causal", D) for D in (128, 256)}
         exact = static._prefill("causal", 128, torch.float32)
     show("as it should be", prefill[128])
+    show("one thing at a time", prefill[128]._replace(overlaps=True))
     with patch.dict(
         tiles.PREFILL["sm_90"], {128: Attention(128, 128, 4, 2, False), 256: Attention(128, 128, 8, 2, True)}
     ):

@@ -59,7 +59,7 @@ def test_reading_a_checkpoint_needs_no_torch(tmp_path):
 
 
 def test_the_folders_are_linked_and_kernels_is_no_package():
-    for name in ("reference", "kernels"):
+    for name in ("reference", "kernels", "benchmarks"):
         link = ROOT / "llama" / name
         assert link.is_symlink()
         assert link.resolve() == ROOT / name

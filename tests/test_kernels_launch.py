@@ -32,6 +32,7 @@ from llama import reference
 from llama.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from llama.kernels.decode_attention import decode_attention
 from llama.kernels.flash_attention import flash_attention
+from llama.kernels.gemv import gemv, gemv_swiglu
 from llama.kernels.rms_norm import add_rms_norm, rms_norm
 from llama.kernels.rope import apply_rope, apply_rope_to_cache
 from llama.kernels.swiglu import swiglu
@@ -62,6 +63,9 @@ def arguments(dtype=torch.float32) -> dict[str, tuple]:
         "rms_norm": (rms_norm, some(B, T, E), weight, 1e-5),
         "add_rms_norm": (add_rms_norm, some(B, T, E), some(B, T, E), weight, 1e-5),
         "swiglu": (swiglu, some(B, T, E), some(B, T, E)),
+        "gemv": (gemv, some(B, E), some(H, E)),
+        "gemv, three weights": (gemv, some(B, E), some(H, E), some(K, E), some(K, E)),
+        "gemv_swiglu": (gemv_swiglu, some(B, E), some(V, E), some(V, E)),
         "apply_rope": (apply_rope, q, k, *angles),
         "apply_rope in place": (apply_rope, q.clone(), k.clone(), *angles, True),
         "apply_rope_to_cache": (apply_rope_to_cache, q, k, v, *angles, *cache.clone(), whole(S, B, T)),

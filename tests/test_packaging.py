@@ -44,8 +44,10 @@ def test_the_wheel_holds_one_package_whole(built):
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"llama"}
     expected = {"llama/py.typed", "llama/checkpoints/gguf.py"}
     expected |= {f"llama/reference/{path.name}" for path in (ROOT / "reference").glob("*.py")}
-    expected |= {f"llama/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    for folder in ("kernels", "benchmarks"):
+        expected |= {f"llama/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert expected <= set(names)
+    assert not any(name.startswith("llama/benchmarks/results") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -79,7 +79,8 @@ def test_every_target_has_every_kernel(shipped, version):
 def test_prefill_multiplies_on_the_newest_matrix_units(shipped, version, target, mma):
     prefills = [record for record in shipped[version] if record["kernel"] == "flash_attention"
                 and record["target"] == target and record["config"]["BLOCK_Q"] > 16
-                and record["config"]["PRECISION"] == "ieee" and "bfloat16" in record["config"]["shape"]]  # fmt: skip
+                and record["config"].get("PRECISION") == "ieee"
+                and "bfloat16" in record["config"]["shape"]]  # fmt: skip
     assert len(prefills) >= 6
     assert {record["mma"] for record in prefills} == {mma}
 
@@ -92,6 +93,7 @@ CONTROLS = {
     "a start that is not aligned": "no load of 128 bits",
     "a dot without matrix units": "should multiply by",
     "no such width": "does not compile",
+    "one thing at a time": "no softmax while a product is under way",
 }
 
 
@@ -99,6 +101,24 @@ CONTROLS = {
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_kernel_made_wrong_on_purpose_is_found_out(controls, version, control):
     assert any(CONTROLS[control] in problem for problem in controls[version][control]["problems"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_hopper_kernel_is_there_in_every_variant(shipped, version):
+    """Its softmax runs beside a product, its producer hands over registers, its warps meet before they arrive."""
+    records = [record for record in shipped[version] if record.get("function") == "_flash_attention_hopper_kernel"]
+    assert len(records) == 6
+    assert {record["target"] for record in records} == {"sm_90"}
+    assert all(record["overlapped"] and record["register_moves"] for record in records)
+    assert all(record["problems"] == [] for record in records)
+
+
+def test_an_arrival_before_the_warps_have_met_is_found_out():
+    from llama.machine_code import _asynchrony
+
+    met = "bar.sync 0, 128;\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];\n"
+    assert _asynchrony(met)["unguarded_arrivals"] == 0
+    assert _asynchrony(met + "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];")["unguarded_arrivals"] == 1
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -26,7 +26,10 @@ OWN_ARGUMENTS = (
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
 )
-MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "input_ids", "tokenizer")
+MODEL_INPUTS = (
+    "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "input_ids", "tokenizer", "decoding",
+)  # fmt: skip
+DECODINGS = ("plain", "auto", "static", "graph")
 
 
 class Reader:
@@ -94,6 +97,7 @@ class Run:
     ends: torch.Tensor | None
     pad: int
     record: dict[str, list] = field(default_factory=dict)
+    decoding: str = "plain"
 
     @property
     def limit(self) -> int:
@@ -180,6 +184,8 @@ class GenerationMixin:
             negative_prompt_ids, negative_prompt_attention_mask: for `guidance_scale`.
             kwargs: fields of `GenerationConfig`; `attention_mask` (B, T), `position_ids`, `inputs_embeds` (B, T, E),
                 `past_key_values` (a cache that holds the first tokens of the prompt), `tokenizer` (for `stop_strings`).
+                And `decoding`: "plain", the default; "static" takes steps of a fixed shape over a preallocated cache;
+                "graph", experimental, replays such a step as a CUDA graph; "auto" does so wherever it can.
 
         Returns:
             (B · num_return_sequences, length) ids, prompts included (not where `inputs_embeds` came alone); or, with
@@ -198,13 +204,15 @@ class GenerationMixin:
                 raise ValueError("guidance_scale needs num_beams=1: its second text would have to follow the beams")
             if assistant_model is not None or config.prompt_lookup_num_tokens is not None:
                 raise ValueError("drafting (assistant_model, prompt_lookup_num_tokens) needs num_beams=1")
+            from .. import decoding
             from .beams import beam_search
 
+            decoding.takes(run)
             sequences, beams = beam_search(run)
             return self._result(run, sequences, **beams)
         if streamer is not None:
             streamer.put(run.text.cpu())
-        for tokens in self._writer(run, assistant_model):
+        for tokens in self._writer(run, assistant_model, watched=streamer is not None):
             if streamer is not None:
                 streamer.put(tokens.cpu())
         if streamer is not None:
@@ -249,8 +257,15 @@ class GenerationMixin:
         if pending:
             yield pending
 
-    def _writer(self, run: Run, assistant_model: Any) -> Iterator[torch.Tensor]:
-        if assistant_model is None and run.config.prompt_lookup_num_tokens is None:
+    def _writer(self, run: Run, assistant_model: Any, watched: bool = True) -> Iterator[torch.Tensor]:
+        """`watched`: somebody looks at each token as it comes."""
+        drafts = assistant_model is not None or run.config.prompt_lookup_num_tokens is not None
+        if run.decoding != "plain":
+            from .. import decoding
+
+            if decoding.takes(run, drafts):
+                return decoding.write(run, watched)
+        if not drafts:
             return write(run)
         from .speculative import write_speculatively
 
@@ -327,7 +342,11 @@ class GenerationMixin:
             max_position_embeddings=positions,
         )  # fmt: skip
         buffer = F.pad(ids, (0, limit - ids.shape[1]), value=pad)
-        return Run(self, config, reader, buffer, ids.shape[1], processors, criteria, ends, pad, record)
+        run = Run(self, config, reader, buffer, ids.shape[1], processors, criteria, ends, pad, record)
+        run.decoding = given["decoding"] or "plain"
+        if run.decoding not in DECODINGS:
+            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {run.decoding!r}")
+        return run
 
     def _options(self, generation_config, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
         """The options, the call's before the caller's config before the model's own; and the call's other inputs."""

@@ -1,0 +1,514 @@
+"""Decoding in steps of a fixed shape equals the plain loop; and a step can be recorded.
+
+There is no CUDA graph without a GPU. What stands in for one is a tape: it notes a step's operations with the tensors
+that they read and wrote, refuses whatever would wait for a device, and replays them into the same memory. A replay runs
+none of the step's Python, as a graph's does not. `pytest --gpu tests/test_decoding.py` asks a GPU's own.
+"""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import both_models
+from strategies import SEEDS, configs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llama import DynamicCache, LlamaForCausalLM, StaticCache, decoding
+from llama.generation.stopping import StoppingCriteria
+
+DEVICE = "cuda" if GPU else "cpu"
+VOCAB = 50
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "multinomial")
+
+
+def model(seed: int = 0, **fields) -> LlamaForCausalLM:
+    fields = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
+              "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8} | fields  # fmt: skip
+    return both_models(fields, seed)[0].to(DEVICE)
+
+
+def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (B, T), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def left_padding(ids: torch.Tensor, *lengths: int) -> torch.Tensor:
+    """A mask in which row b has `lengths[b]` tokens of padding before it."""
+    return (torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None]).long().to(DEVICE)
+
+
+def written(made, ids, how, seed=0, **options):
+    torch.manual_seed(seed)
+    return made.generate(ids, decoding=how, **({"do_sample": False, "pad_token_id": 0} | options))
+
+
+def same(made, ids, **options):
+    plain, ours = (written(made, ids, how, **options) for how in ("plain", "static"))
+    assert torch.equal(plain, ours)
+    return plain
+
+
+class Tape(TorchDispatchMode):
+    """Notes what runs within it; `replay` runs that again, in the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert not op._schema.name.split("::")[1].startswith(SYNCS), f"{op} waits for the device"
+        out = op(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert len({x.device for x in (*given, *tensors_in(out)) if x.dim()}) <= 1, f"{op} goes to another device"
+        memory = {x.untyped_storage().data_ptr() for x in given}
+        new = [x.untyped_storage().data_ptr() not in memory for x in tensors_in(out)]
+        self.notes.append((op, args, kwargs or {}, out, new))
+        return out
+
+    def replay(self):
+        for op, args, kwargs, out, new in self.notes:
+            if op._schema.is_mutable or any(new):
+                again = op(*args, **kwargs)
+                for there, here, is_new in zip(tensors_in(out), tensors_in(again), new, strict=True):
+                    if is_new:
+                        there.copy_(here)
+
+
+def tensors_in(out) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+
+def taped(once, device):
+    """In the place of `decoding.recorded`."""
+    once()
+    with Tape() as tape:
+        once()
+    return tape.replay
+
+
+def run_of(made, ids, how="graph", **options):
+    """A run that goes to `decoding.write`, "graph" on a CPU too."""
+    run = made._prepare(ids, None, None, None, None, None, None, {"do_sample": False, "pad_token_id": 0} | options)
+    assert decoding.refusal(run) is None
+    run.decoding = how
+    return run
+
+
+@torch.no_grad()
+def recorded_text(made, ids, seed=0, **options):
+    torch.manual_seed(seed)
+    run = run_of(made, ids, **options)
+    for _ in decoding.write(run, watched=False):
+        pass
+    return run.text
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    monkeypatch.setattr(decoding, "recorded", taped)
+
+
+@pytest.fixture
+def little_room(monkeypatch):
+    """Little for the interpreter to read, and a text that fills it."""
+    monkeypatch.setattr(decoding, "ROOM", 16)
+
+
+plain_configs = configs(kinds=["default", "linear", "yarn", "llama3"])
+
+
+@given(plain_configs, SEEDS, st.integers(1, 8), st.integers(1, 9), st.integers(1, 40), st.data())
+@settings(max_examples=60)
+def test_greedy_tokens_are_the_plain_loops(fields, seed, B, T, new, data):
+    """GQA, biases, tied weights, padding, ends at any step, looks of the host at any distance; in float64, where two
+    ways of summing do not choose different tokens."""
+    made = both_models(fields | {"hidden_act": "silu"}, seed)[0].to(DEVICE).double()
+    vocab = fields["vocab_size"]
+    ids = torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    mask = left_padding(ids, *data.draw(st.lists(st.integers(0, T - 1), min_size=B, max_size=B)))
+    options = {"attention_mask": mask, "max_new_tokens": new}
+    plain = written(made, ids, "plain", **options)
+    ends = data.draw(st.lists(st.sampled_from(plain[:, T:].flatten().tolist()), max_size=3))  # tokens that will come
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "STEPS", data.draw(st.sampled_from([1, 3, 16])))
+        same(made, ids, eos_token_id=ends or None, **options)
+
+
+def test_256_steps_in_float32():
+    made, ids = model(), tokens(3, 7)
+    assert same(made, ids, max_new_tokens=256).shape == (3, 263)
+    assert same(made, ids[:1], max_new_tokens=256).shape == (1, 263)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.6},
+     {"epsilon_cutoff": 0.05}, {"top_k": 9, "top_p": 0.8, "temperature": 1.4, "renormalize_logits": True}],
+    ids=str,
+)  # fmt: skip
+def test_the_same_seed_draws_the_same_tokens(options):
+    ids = tokens(3, 5)
+    text = same(model(), ids, max_new_tokens=30, do_sample=True, **options)
+    assert not torch.equal(text, written(model(), ids, "plain", max_new_tokens=30))
+
+
+@pytest.mark.parametrize("looks", [1, 16])
+def test_several_texts_of_one_prompt_end_where_they_end(looks, monkeypatch):
+    monkeypatch.setattr(decoding, "STEPS", looks)
+    text = same(model(), tokens(1, 4), num_return_sequences=6, do_sample=True, max_new_tokens=60,
+                eos_token_id=[*range(30, 40)])  # fmt: skip
+    assert text.shape[1] < 64
+
+
+def test_embeddings_and_positions_come_as_in_the_plain_loop():
+    made, ids = model(), tokens(2, 6)
+    embeds = made.get_input_embeddings()(ids).detach()
+    same(made, None, inputs_embeds=embeds, max_new_tokens=9)
+    same(made, ids, position_ids=torch.tensor([[0, 1, 5, 6, 7, 20], [3, 4, 5, 6, 7, 8]], device=DEVICE),
+         max_new_tokens=9)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, lambda: StaticCache(model().config, 40)], ids=["dynamic", "static"])
+def test_the_callers_cache_holds_what_the_plain_loop_would_leave_in_it(kind):
+    made, ids, caches = model(), tokens(2, 6), []
+    for how in ("plain", "static"):
+        cache = kind()
+        text = written(made, ids, how, past_key_values=cache, max_new_tokens=20, eos_token_id=9)
+        again = written(made, torch.cat([text, ids], 1), how, past_key_values=cache, max_new_tokens=5)
+        caches.append((again, cache))
+    assert torch.equal(caches[0][0], caches[1][0])
+    assert len(caches[0][1]) == len(caches[1][1]) == 2
+    for theirs, ours in zip(caches[0][1], caches[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    out = written(made, ids, "static", return_dict_in_generate=True, max_new_tokens=5)
+    assert out.past_key_values.get_seq_length() == 10
+
+
+def test_nothing_of_an_earlier_text_is_left():
+    """In the decoder that both are lent: neither padding nor numbers that are none."""
+    made, ids = model(), tokens(2, 9)
+    same(made, ids, attention_mask=left_padding(ids, 8, 5), max_new_tokens=30)
+    for keys, values in zip(*decoding._decoders[made][2].state[-2:], strict=True):
+        keys.fill_(torch.nan), values.fill_(torch.nan)
+    same(made, ids, max_new_tokens=9)
+
+
+def test_streams_get_each_token_as_it_comes():
+    made, ids, seen = model(), tokens(1, 5), []
+    text = written(made, ids, "plain", max_new_tokens=12)[0, 5:].tolist()
+    steps = made.steps(ids, max_new_tokens=12, do_sample=False, decoding="static")
+    assert [int(token) for token in steps] == text
+    streamer = SimpleNamespace(put=lambda tokens: seen.append(tokens.flatten().tolist()), end=lambda: None)
+    written(made, ids, "static", max_new_tokens=12, streamer=streamer)
+    assert seen[1:] == [[token] for token in text]
+
+
+def test_texts_that_are_written_by_turns_keep_apart():
+    made = model()
+    texts = [tokens(2, 5, seed) for seed in (0, 1)]
+    expected = [same(made, ids, max_new_tokens=8)[:, 5:] for ids in texts]  # and there is a decoder to be shared
+    writers = [made.steps(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, decoding="static") for ids in texts]
+    got = [torch.stack(steps, 1) for steps in zip(*(zip(*writers, strict=True)), strict=True)]
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_decoder_is_kept_and_goes_with_the_weights_and_the_model(tape):
+    made, ids = model(), tokens(2, 5)
+
+    def kept():
+        return decoding._decoders[made][2]
+
+    first = recorded_text(made, ids, max_new_tokens=5)
+    decoder = kept()
+    addresses = [x.data_ptr() for x in tensors_in(decoder.state)]
+    longer = recorded_text(made, ids, max_new_tokens=50)
+    assert kept() is decoder
+    assert len(decoder.replays) == 1
+    assert torch.equal(longer, written(made, ids, "plain", max_new_tokens=50))
+    made.load_state_dict(model(seed=1).state_dict())  # into the same memory
+    other = recorded_text(made, ids, max_new_tokens=50)
+    assert kept() is decoder
+    assert [x.data_ptr() for x in tensors_in(decoder.state)] == addresses
+    assert torch.equal(other, written(made, ids, "plain", max_new_tokens=50))
+    assert not torch.equal(other[:, :10], first)
+    made.to(torch.float64)  # into other memory
+    assert torch.equal(recorded_text(made, ids, max_new_tokens=9), written(made, ids, "plain", max_new_tokens=9))
+    assert kept() is not decoder
+    recorded_text(made, ids, max_new_tokens=300)  # more than there was room for
+    assert kept().state.text.shape[1] == 512
+    decoding.release(made)
+    assert made not in decoding._decoders
+    recorded_text(made, ids, max_new_tokens=5)
+    gone = weakref.ref(kept())
+    del made, decoder
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_decoder_made_in_inference_mode_serves_outside_of_it():
+    made, ids = model(), tokens(2, 5)
+    with torch.inference_mode():
+        inside = written(made, ids, "static", max_new_tokens=5)
+    assert torch.equal(inside, same(made, ids, max_new_tokens=5))
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+REFUSED = {
+    "num_beams=1": {"num_beams": 2},
+    "leave out the drafting": {"prompt_lookup_num_tokens": 2},
+    "leave use_cache on": {"use_cache": False},
+    "ask for no scores": {"output_scores": True, "return_dict_in_generate": True},
+    "let end tokens and the length alone stop it": {"stopping_criteria": [Never()]},
+    "use no logits processors but": {"repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_python_has_to_see_is_refused_or_left_to_the_plain_loop(words):
+    made, ids = model(), tokens(1, 5)
+    with pytest.raises(ValueError, match=f'decoding="static" cannot take this: .*{words}.*decoding="plain"'):
+        written(made, ids, "static", max_new_tokens=4, **REFUSED[words])
+    plain, auto = (written(made, ids, how, max_new_tokens=4, **REFUSED[words]) for how in ("plain", "auto"))
+    assert torch.equal(*(out if isinstance(out, torch.Tensor) else out.sequences for out in (plain, auto)))
+
+
+class Adapter(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def watch(made):
+    made.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def adapt(made):
+    made.model.layers[0].self_attn.q_proj.__class__ = Adapter
+
+
+@pytest.mark.parametrize(
+    "change",
+    [watch, adapt, lambda made: made.train(), lambda made: made.lm_head.half(),
+     lambda made: made.model.layers[0].self_attn.prune_heads({1})],
+    ids=["hook", "adapter", "training", "two dtypes", "pruned"],
+)  # fmt: skip
+def test_a_model_that_is_more_than_its_weights_is_refused(change):
+    made = model()
+    assert decoding.plan(made) is not None
+    change(made)
+    assert decoding.plan(made) is None
+
+
+def test_frequencies_that_follow_the_length_and_other_activations_are_refused():
+    assert decoding.plan(model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})) is None
+    assert decoding.plan(model(hidden_act="gelu")) is None
+
+
+def test_wrong_words_and_a_missing_gpu_are_named(monkeypatch):
+    made, ids = model(), tokens(1, 5)
+    with pytest.raises(ValueError, match="decoding must be one of plain, auto, static, graph, got 'fast'"):
+        written(made, ids, "fast")
+    if not GPU:
+        with pytest.raises(ValueError, match='decoding="graph" needs a GPU; decoding="static" runs'):
+            written(made, ids, "graph")
+        monkeypatch.setattr(decoding, "write", None)
+        written(made, ids, "auto")  # the plain loop
+
+
+@pytest.mark.parametrize(("options", "taken"), [({}, True), ({"repetition_penalty": 1.2}, False)])
+def test_auto_takes_on_a_gpu_what_fits(options, taken):
+    run = model()._prepare(tokens(1, 5), None, None, None, None, None, None, {"decoding": "auto"} | options)
+    run.ids = SimpleNamespace(device=torch.device("cuda"))
+    assert decoding.takes(run) == taken
+    assert not decoding.takes(run, drafts=True)
+
+
+def test_autocast_is_refused():
+    made, ids = model(), tokens(1, 5)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="leave autocast"):
+        written(made, ids, "static")
+
+
+# What a recording demands
+
+
+@given(plain_configs, SEEDS, st.integers(1, 4), st.booleans(), st.data())
+@settings(max_examples=15)
+def test_a_recorded_step_serves_every_text(fields, seed, B, draws, data):
+    """One recording, played for two prompts of other lengths, paddings and ends: no Python runs in between."""
+    made = both_models(fields | {"hidden_act": "silu"}, seed)[0].to(DEVICE).double()
+    how = {"do_sample": True, "top_k": 4, "top_p": 0.9} if draws else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "recorded", taped)
+        for T in (3, 7):
+            ids = torch.randint(0, fields["vocab_size"], (B, T)).to(DEVICE)
+            mask = left_padding(ids, *data.draw(st.lists(st.integers(0, T - 1), min_size=B, max_size=B)))
+            end = data.draw(st.integers(0, fields["vocab_size"] - 1))
+            options = {"attention_mask": mask, "eos_token_id": end, "max_new_tokens": 20} | how
+            plain = written(made, ids, "plain", seed, **options)
+            if draws:  # the tape's own first steps have drawn: only what comes after them is the same
+                recorded_text(made, ids, seed, **options)
+            assert torch.equal(recorded_text(made, ids, seed, **options), plain)
+        assert len(decoding._decoders[made][B].replays) == 1
+
+
+@pytest.mark.usefixtures("little_room", "tape")
+def test_each_way_of_sampling_is_recorded_by_itself_and_the_oldest_goes(monkeypatch):
+    monkeypatch.setattr(decoding, "GRAPHS", 2)
+    made, ids = model(), tokens(2, 5)
+    ways = [{}, {"do_sample": True, "top_k": 3}, {"do_sample": True, "top_k": 9}]
+    for count, way in ((1, {}), *zip((1, 2, 2, 2), (*ways, {}), strict=True)):
+        options = {"max_new_tokens": 12} | way  # to the last place of the room
+        recorded_text(made, ids, **options)
+        assert torch.equal(recorded_text(made, ids, **options), written(made, ids, "plain", **options))
+        assert len(decoding._decoders[made][2].replays) == count
+
+
+def decoder_of(made, B=2, device=None):
+    now = decoding.plan(made)
+    return now, decoding.Decoder(now, B, 32, 1)
+
+
+def chooser(made, **options):
+    return decoding.Chooser(run_of(made, tokens(2, 3), "static", **options))
+
+
+SAMPLERS = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9,
+            "epsilon_cutoff": 1e-4, "remove_invalid_values": True, "renormalize_logits": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("B", [1, 2, 6])
+@pytest.mark.parametrize("options", [{}, SAMPLERS], ids=["greedy", "all samplers"])
+def test_a_step_knows_shapes_and_nothing_else(options, B, backend):
+    """On PyTorch's meta device, which has shapes and no numbers: nothing is read back, nothing comes from the CPU."""
+    made = model()
+    choose = chooser(made, **options)
+    made.set_backend(backend)
+    now, decoder = decoder_of(made.to("meta"), B)
+    with Tape() as tape:
+        decoder.replay(now, choose, record=False)()
+    made_here = {x.device.type for _, _, _, out, _ in tape.notes for x in tensors_in(out)}
+    assert made_here == {"meta"}
+    assert any("llama_triton" in str(op) for op, *_ in tape.notes) == (backend == "triton")
+
+
+def test_the_state_stays_where_it_is():
+    now, decoder = decoder_of(model())
+    addresses = [x.data_ptr() for x in tensors_in(decoder.state)]
+    once = decoder.replay(now, chooser(model()), record=False)
+    assert once() is once() is None
+    assert [x.data_ptr() for x in tensors_in(decoder.state)] == addresses
+    assert int(decoder.state.place) == 2
+
+
+def test_a_step_that_waits_for_the_device_is_found_out():
+    made = model()
+    now, decoder = decoder_of(made)
+    for choose in (
+        lambda logits: torch.tensor([int(logits[0].argmax())] * 2),
+        lambda logits: logits.softmax(-1).multinomial(1)[:, 0],
+        lambda logits: (logits == logits.amax(-1, keepdim=True)).nonzero()[:2, 1],
+    ):
+        with pytest.raises(AssertionError, match="waits for the device"), Tape():
+            decoding.step(now, decoder.state, choose)
+    now, decoder = decoder_of(made.to("meta"))
+    with pytest.raises(AssertionError, match="goes to another device"), Tape():
+        decoding.step(now, decoder.state, lambda logits: torch.zeros(2, dtype=torch.long).to("meta"))
+
+
+def test_a_step_that_decides_in_python_is_found_out(tape, monkeypatch):
+    made, ids, calls = model(), tokens(2, 5), []
+
+    def fickle(self, logits):
+        calls.append(1)
+        return logits.argmax(-1) if len(calls) < 6 else logits.argmin(-1)
+
+    monkeypatch.setattr(decoding.Chooser, "__call__", fickle)
+    stepped = written(made, ids, "static", max_new_tokens=20)
+    calls.clear()
+    assert not torch.equal(recorded_text(made, ids, max_new_tokens=20), stepped)
+
+
+# On the kernels
+
+
+@pytest.mark.usefixtures("little_room")
+@pytest.mark.parametrize(
+    ("B", "products"), [(1, {"gemv", "gemv_swiglu"}), (3, {"gemv", "gemv_swiglu"}), (5, {"swiglu"})]
+)
+def test_on_the_kernels_it_writes_the_same(B, products):
+    made, ids = model(num_hidden_layers=1), tokens(B, 6)
+    options = {"attention_mask": left_padding(ids, *range(B)), "max_new_tokens": 4}
+    plain = written(made, ids, "plain", **options)
+    made.set_backend("triton")
+    assert torch.equal(written(made, ids, "static", **options), plain)
+    (now, decoder), choose = decoder_of(made, B), chooser(made)
+    with Tape() as tape:
+        decoding.step(now, decoder.state, choose)
+    names = [op._schema.name.partition("::")[2] for op, *_ in tape.notes if op.namespace == "llama_triton"]
+    assert set(names) == {"rms_norm", "apply_rope_to_cache", "decode_attention", "add_rms_norm"} | products
+    assert names.count("rms_norm") == 1
+
+
+@pytest.mark.usefixtures("little_room", "tape")
+def test_the_kernels_can_be_recorded_and_biases_go_with_pytorchs_products():
+    made, ids = model(attention_bias=True, num_hidden_layers=1), tokens(2, 6)
+    plain = written(made, ids, "plain", max_new_tokens=4)
+    made.set_backend("triton")
+    assert torch.equal(recorded_text(made, ids, max_new_tokens=4), plain)
+
+
+# On a GPU
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("B", [1, 4, 8])
+def test_a_graph_writes_what_the_plain_loop_writes(B):
+    made = model(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    ids = tokens(B, 20)
+    for options in ({}, {"attention_mask": left_padding(ids, *range(B)), "eos_token_id": 9}):
+        plain, graph = (written(made, ids, how, max_new_tokens=256, **options) for how in ("plain", "graph"))
+        assert torch.equal(plain, graph)
+    assert len(decoding._decoders[made][B].replays) == 1
+
+
+@pytest.mark.needs_gpu
+def test_replays_wait_for_nothing():
+    made = model()
+    now, decoder = decoder_of(made)
+    replay = decoder.replay(now, chooser(made, **SAMPLERS), record=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.needs_gpu
+def test_a_graph_draws_from_the_distribution_of_the_plain_loop():
+    """The second token of 4096 texts, as often as the plain loop's, within five standard deviations."""
+    made, ids = model(), tokens(1, 6)
+    counts = []
+    for how in ("plain", "graph"):
+        text = written(made, ids, how, do_sample=True, top_k=5, num_return_sequences=4096, max_new_tokens=2)
+        counts.append(torch.bincount(text[:, -1], minlength=VOCAB).double())
+    assert ((counts[0] - counts[1]).abs() <= 5 * (counts[0] + counts[1]).sqrt() + 5).all()
+    again = [written(made, ids, "graph", do_sample=True, max_new_tokens=30) for _ in range(2)]
+    assert torch.equal(*again)  # a seed is obeyed
+
+
+@pytest.mark.needs_gpu
+def test_in_bfloat16_a_graph_is_the_same_step():
+    made, ids = model().bfloat16(), tokens(2, 6)
+    assert torch.equal(*(written(made, ids, how, max_new_tokens=50) for how in ("static", "graph")))

@@ -1,0 +1,170 @@
+"""gemv and gemv_swiglu against the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    around_powers_of_two,
+    assert_no_worse,
+    exact,
+    guard_memory,
+    laid_out,
+    layouts,
+    normal,
+    same_bits,
+)
+from strategies import SEEDS
+
+from llama import reference
+from llama.kernels import gemv as module
+from llama.kernels.gemv import gemv, gemv_swiglu
+from llama.kernels.swiglu import swiglu
+
+memory = guard_memory()
+ROWS = st.integers(1, 4)
+WIDTHS = around_powers_of_two(80)
+
+
+def float32_terms(x, *weights):
+    """What sums to the largest number: a bound on what the order of float32 sums can change."""
+    return max(float((np.abs(exact(x)) @ np.abs(exact(weight)).T).max(initial=0)) for weight in weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(ROWS, WIDTHS, st.lists(st.integers(1, 20), min_size=1, max_size=3), layouts, layouts, SEEDS)
+@settings(max_examples=30)
+def test_gemv_is_as_close_to_the_reference_as_eager_pytorch(dtype, rows, width, outs, layout, weight_layout, seed):
+    rng = np.random.default_rng(seed)
+    x = laid_out(normal(rng, (rows, width), dtype), layout)
+    weights = [laid_out(normal(rng, (out, width), dtype), weight_layout) for out in outs]
+    y = gemv(x, *weights)
+    plain = torch.cat([torch.nn.functional.linear(x, weight) for weight in weights], dim=1)
+    assert y.dtype == dtype
+    truth = reference.gemv(exact(x), *map(exact, weights))
+    assert_no_worse(y, plain, truth, float32_terms=float32_terms(x, *weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(ROWS, WIDTHS, st.integers(1, 20), st.sampled_from([0.1, 1.0, 10.0]), layouts, layouts, SEEDS)
+@settings(max_examples=30)
+def test_a_gate_is_what_its_parts_are(dtype, rows, width, out, scale, layout, up_layout, seed):
+    """Both products are rounded before they meet, as they are between kernels."""
+    rng = np.random.default_rng(seed)
+    x = normal(rng, (rows, width), dtype, scale)
+    gate = laid_out(normal(rng, (out, width), dtype, width**-0.5), layout)
+    up = laid_out(normal(rng, (out, width), dtype, width**-0.5), up_layout)
+    y = gemv_swiglu(x, gate, up)
+    parts = swiglu(gemv(x, gate), gemv(x, up))
+    if DEVICE.type == "cpu":
+        assert same_bits(y, parts)
+    if dtype == torch.float32:
+        eager = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        terms = float32_terms(x, gate) * (1 + float32_terms(x, up))
+        assert_no_worse(y, eager, reference.gemv_swiglu(exact(x), exact(gate), exact(up)), float32_terms=terms)
+
+
+@given(ROWS, WIDTHS, st.sampled_from(LAYOUTS[1:]), SEEDS)
+@settings(max_examples=20)
+def test_layout_changes_no_bit(rows, width, layout, seed):
+    rng = np.random.default_rng(seed)
+    x, a, b = (normal(rng, (n, width), torch.float32) for n in (rows, 9, 9))
+    x2, a2, b2 = (laid_out(t, layout) for t in (x, a, b))
+    assert same_bits(gemv(x2, a2, b2), gemv(x, a, b))
+    assert same_bits(gemv_swiglu(x2, a2, b2), gemv_swiglu(x, a, b))
+
+
+@given(ROWS, WIDTHS, st.lists(st.integers(1, 20), min_size=2, max_size=3), SEEDS)
+@settings(max_examples=20)
+def test_weights_side_by_side_are_read_as_each_alone(rows, width, outs, seed):
+    rng = np.random.default_rng(seed)
+    x, weights = normal(rng, (rows, width), torch.float16), [normal(rng, (out, width), torch.float16) for out in outs]
+    assert same_bits(gemv(x, *weights), torch.cat([gemv(x, weight) for weight in weights], dim=1))
+
+
+def test_nothing_gives_nothing_and_no_width_gives_zeros():
+    x, weight = torch.ones(2, 5, device=DEVICE), torch.ones(3, 5, device=DEVICE)
+    assert gemv(x[:0], weight).shape == (0, 3)
+    assert gemv(x, weight[:0], weight).shape == (2, 3)
+    assert (gemv(x[:, :0], weight[:, :0]) == torch.zeros(2, 3, device=DEVICE)).all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((5, 4), (3, 4)), r"gemv: x must be \(rows, width\) of up to 4 rows, got \(5, 4\)"),
+        (((1, 1, 4), (3, 4)), r"gemv: x must be \(rows, width\) of up to 4 rows, got \(1, 1, 4\)"),
+        (((1, 4), (3, 5)), r"gemv: weights must be \(out, 4\) of x's dtype, torch.float32; got \(3, 5\)"),
+        (((1, 4),), "gemv: one to 3 weights, got 0"),
+        (((1, 4), *[(3, 4)] * 4), "gemv: one to 3 weights, got 4"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes, words):
+    with pytest.raises(ValueError, match=words):
+        gemv(*(torch.ones(shape, device=DEVICE) for shape in shapes))
+
+
+def test_a_dtype_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"got \(3, 4\) of torch.float16"):
+        gemv(torch.ones(1, 4, device=DEVICE), torch.ones(3, 4, device=DEVICE, dtype=torch.float16))
+    with pytest.raises(ValueError, match="gemv_swiglu: gate and up must have one shape"):
+        gemv_swiglu(*(torch.ones(n, 4, device=DEVICE) for n in (1, 2, 3)))
+
+
+@given(ROWS, st.integers(1, 1100), SEEDS)
+@settings(max_examples=5)
+def test_what_is_loaded_before_the_wait_is_counted_once(rows, width, seed):
+    """The path of programmatic dependent launch, in the interpreter, where there is nothing to wait for."""
+    rng = np.random.default_rng(seed)
+    x, a, b = (normal(rng, (n, width), torch.float32) for n in (rows, 5, 5))
+    asked = module._gemv.launch(x, a, b, None, True), module._gemv_swiglu.launch(x, a, b, True)
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setattr(module.launch, "family", lambda device: "sm_90")
+            for name in ("gdc_wait", "gdc_launch_dependents"):
+                patch.setattr(module.tl.extra.cuda, name, lambda: None)
+            asked = module._gemv.launch(x, a, b, None, True), module._gemv_swiglu.launch(x, a, b, True)
+    for ours, plain in zip(asked, (gemv(x, a, b), gemv_swiglu(x, a, b)), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+PTX = """
+import torch
+from llama import static
+from llama.kernels import gemv
+x, w = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (1, 64))
+for target in ("sm_90", "sm_80"):
+    built = []
+    with static.pretending(static.TARGETS[target], built):
+        gemv._gemv.launch(x, w, None, None, False)
+        gemv._gemv.launch(x, w, None, None, True)
+    for compiled, *_ in built:
+        words = ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "ld.global", "cp.async")
+        at = [compiled.asm["ptx"].find(word) for word in words]
+        print(*at)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels here")
+def test_weights_are_on_their_way_before_the_kernel_before_is_waited_for():
+    """Programmatic dependent launch, in the code for Hopper: let the next kernel start, load weights, wait, load x.
+
+    Only where it is asked for, and never before Hopper.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PTX], cwd=Path(__file__).parent.parent, env=kept,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    plain, pdl, old, old_pdl = ([int(place) for place in line.split()] for line in done.stdout.splitlines())
+    for without in (plain, old, old_pdl):
+        assert without[:2] == [-1, -1]
+    start, wait, load, rest = pdl
+    assert 0 < start < load < wait < rest
