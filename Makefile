@@ -1,6 +1,7 @@
 # make run    environment, real weights, an answer    (PROMPT="..." BACKEND=reference|torch)
 # make test   environment, the whole test suite
 # make check  lint, types, tests
+# make bench  the kernels and the model beside their peers; a page with tables and pictures    (MODEL=... RESULTS=folder)
 # make clean  remove the environment and what was built; fetched weights stay in the user's cache
 #
 # PYTHON=python3.12 picks the interpreter, TORCH=cpu|cuda|none the build of PyTorch (tools/bootstrap.py).
@@ -9,6 +10,8 @@ PYTHON ?= python3
 PROMPT ?= What is the capital of France?
 BACKEND ?= auto
 TORCH ?= auto
+MODEL ?= smollm2
+RESULTS ?= build/bench
 # Taken as typed, a $ in a prompt too, and handed on in the environment: neither make nor the shell may read it.
 override PROMPT := $(value PROMPT)
 override BACKEND := $(value BACKEND)
@@ -18,19 +21,34 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready-$(TORCH)
 
-.PHONY: run test check clean has-tools tritons
+.PHONY: run test check bench clean has-tools tritons
 
 run: $(READY)
 	@$(BIN)/llama generate --backend "$$BACKEND" -- "$$PROMPT"
 
-test: has-tools tritons
+test: has-tools tritons .venv/browser
 	$(PYTEST)
 
-check: has-tools tritons
+check: has-tools tritons .venv/browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+# All there is to measure on a GPU, what ends in some minutes elsewhere. What fails is said, and the rest goes on.
+bench: has-tools
+	@mkdir -p $(RESULTS)
+	@$(BIN)/llama fetch $(MODEL)
+	-@$(BIN)/llama bench kernels $(if $(HAS_GPU),,--quick) --out $(RESULTS)
+	-@$(BIN)/llama bench model $(MODEL) $(if $(HAS_GPU),--dtype bfloat16,--threads 1 --prompt 512 --new 32 --batch 1,2 --runs 3) \
+		--out $(RESULTS)
+ifeq ($(shell uname -s),Linux)
+	@echo "Compiling the kernels for an H100 that need not be there"
+	-@$(BIN)/llama bench static --target sm_90 --json > $(RESULTS)/static.jsonl
+endif
+	@$(BIN)/llama bench report --results $(RESULTS) --results benchmarks/results --out $(RESULTS)/report.html
+
+HAS_GPU = $(shell $(BIN)/python -c "import torch; print('yes' if torch.cuda.is_available() else '')")
 
 has-tools: $(READY)
 	@test -x $(BIN)/pytest || { echo "TORCH=none leaves the tests' tools out; run without it"; exit 2; }
@@ -47,6 +65,13 @@ endif
 .venv/triton-%: | $(READY)
 	rm -rf $@.partial
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.partial triton==$*
+	mv $@.partial $@
+
+# The browser that tests/test_bench_report.py looks at the page with: Chromium, 200 MB to download.
+.venv/browser: | $(READY)
+	rm -rf $@.partial
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@.partial \
+		pyqt6==6.11.0 pyqt6-webengine==6.11.0 pyqt6-qt6==6.11.2 pyqt6-webengine-qt6==6.11.2 pyqt6-sip==13.13.0
 	mv $@.partial $@
 
 clean:

@@ -150,45 +150,48 @@ def measure(work: Path, runs: int, python: str | None) -> list[dict]:
     copies = [["cp", "-r", str(source), str(out / name)] for name in ("a", "b")]
     rivals = {"llama convert": seconds(out, command(source, out / "a")), "cp, twice": seconds(out, *copies)}
     subprocess.run(command(source, out / "verified", "--verify"), check=True, capture_output=True)
-    rows = [harness.row("2 shards, 2 GB", "s", harness.take_turns(rivals, runs), gigabytes=round(size / 1e9, 3))]
-    rows[0]["load_average"] = round(
-        os.getloadavg()[0], 1
-    )  # of other work: the conversion needs the processor, cp the disk
+    load = round(os.getloadavg()[0], 1)  # of other work: the conversion needs the processor, cp does not
+    rows = [
+        harness.row("wall", "s", harness.take_turns(rivals, runs), gigabytes=round(size / 1e9, 3), load_average=load)
+    ]
     synced = {
         "llama convert": seconds(out, command(source, out / "a"), ["sync"]),
         "cp, twice": seconds(out, *copies, ["sync"]),
     }
-    rows.append(harness.row("2 shards, 2 GB, until it is on the disk", "s", harness.take_turns(synced, runs)))
+    rows.append(harness.row("wall, until it is on the disk", "s", harness.take_turns(synced, runs)))
     busy = {name: processor(measure) for name, measure in rivals.items()}
-    rows.append(harness.row("2 shards, 2 GB", "s of the processor", harness.take_turns(busy, runs)))
+    rows.append(harness.row("processor", "s", harness.take_turns(busy, runs)))
 
-    def peak(what: str, source: Path, *more: str, **said: object) -> dict:
+    def peak(command: list[str]) -> list[float]:
         shutil.rmtree(out, ignore_errors=True)
-        megabytes = round(harness.peak_memory(command(source, out, *more)) / 1e6, 1)
-        return {"what": f"peak resident memory: {what}", "unit": "MB", "llama convert": megabytes, **said}
+        return [round(harness.peak_memory(command) / 1e6, 1)]
 
-    rows.append(peak("2 shards, 2 GB", source))
-    rows.append(peak("the same, --verify", source, "--verify"))
-    rows.append(peak("the same, --dtype float32", source, "--dtype", "float32"))
-    folder = convert(source, work / "folder")
-    rows.append(peak("back, --to meta --num-shards 2", folder, "--to", "meta", "--num-shards", "2"))
-    shutil.rmtree(folder)
+    def memory(what: str, peaks: dict[str, list[float]], **more: object) -> None:
+        rows.append(harness.row(f"peak memory, {what}", "MB", peaks, **more))
+
+    peaks = {"llama convert": peak(command(source, out))}
     if python:
         script = [python, "-m", "transformers.models.llama.convert_llama_weights_to_hf", "--input_dir", str(source),
                   "--num_shards", "2", "--llama_version", "2", "--output_dir", str(out / "b")]  # fmt: skip
         both = {"llama convert": seconds(out, command(source, out / "a")), "transformers": seconds(out, script)}
         found = subprocess.run([python, "-c", "import transformers as t; print(t.__version__)"], capture_output=True)
-        theirs = found.stdout.decode().strip()
-        rows.append(harness.row("2 shards, 2 GB", "s", harness.take_turns(both, min(runs, 3)), transformers=theirs))
-        megabytes = round(harness.peak_memory(script) / 1e6, 1)
-        rows.append({"what": "peak resident memory: 2 shards, 2 GB", "unit": "MB", f"transformers {theirs}": megabytes})
+        rows.append(harness.row("wall, beside transformers' script", "s", harness.take_turns(both, min(runs, 3)),
+                                transformers=found.stdout.decode().strip()))  # fmt: skip
+        peaks["transformers"] = peak(script)
+    memory("plain", peaks)
+    memory("--verify", {"llama convert": peak(command(source, out, "--verify"))})
+    memory("--dtype float32", {"llama convert": peak(command(source, out, "--dtype", "float32"))})
+    folder = convert(source, work / "folder")
+    memory("--to meta", {"llama convert": peak(command(folder, out, "--to", "meta", "--num-shards", "2"))})
+    shutil.rmtree(folder)
     shutil.rmtree(source)
     planned = {
         what: round(planned_peak(fields, SHARDS["large"]) / 1e6, 1)
         for what, fields in (("80 layers", LARGE), ("1 layer", LARGE | {"num_hidden_layers": 1}))
     }
     one = sparse(work / "large", LARGE | {"num_hidden_layers": 1}, SHARDS["large"])
-    rows.append(peak("Llama 2 70B's shapes in 8 shards, 1 layer", one, planned_beside_python=planned))
+    whole = {"llama convert": peak(command(one, out))}
+    memory("a layer of Llama 2 70B in 8 shards", whole, planned_beside_python=planned)
     return rows
 
 

@@ -20,9 +20,10 @@ import torch
 import transformers
 from threadpoolctl import threadpool_limits
 
-from benchmarks import harness
 from llama import reference
 from llama.checkpoints import fetch
+
+from . import harness
 
 PROMPT, NEW = 512, 64
 

@@ -22,8 +22,9 @@ import transformers
 from threadpoolctl import threadpool_limits
 
 import llama
-from benchmarks import harness
 from llama.checkpoints import fetch
+
+from . import harness
 
 PROMPT, NEW, TOY_NEW = 512, 48, 256
 LIBRARIES: dict[str, Any] = {"llama": llama, "transformers": transformers}

@@ -19,11 +19,12 @@ from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 import llama
-from benchmarks import harness
-from benchmarks.cpu import timed
-from benchmarks.model import decode
 from llama import ops
 from llama.checkpoints import fetch
+
+from . import harness
+from .cpu import timed
+from .model import decode
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576))
 BYTES = 300_000_000

@@ -17,9 +17,10 @@ from pathlib import Path
 import sentencepiece
 import transformers
 
-from benchmarks import harness
-from benchmarks.cpu import timed
 from llama import LlamaTokenizer, LlamaTokenizerFast
+
+from . import harness
+from .cpu import timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # where the model and the texts are
 

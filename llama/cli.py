@@ -1,11 +1,15 @@
 """The command line: `llama fetch`, `llama generate`, `llama chat`, `llama verify`, `llama bench`."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -291,6 +295,143 @@ def static(context: click.Context, targets: tuple[str, ...], kernel: str | None,
         click.echo(json.dumps(record) if as_json else static.line(record))
     click.echo(f"{made} configurations, {wrong} with a problem", err=True)
     context.exit(1 if wrong else 0)
+
+
+@bench.command()
+@click.option("--op", "ops", metavar="NAMES", help="rms_norm, flash_attention ...; default: all.")
+@click.option("--dtype", "dtypes", metavar="NAMES", help="float32, float16, bfloat16; default: bfloat16, CPU: float32.")
+@click.option(
+    "--model", "models", metavar="NAMES", help="7b, 8b, 70b, 135m: whose widths; default: 7b,8b,70b, CPU: 135m."
+)
+@click.option("--tokens", metavar="NUMBERS", help="Tokens of a row; for decode attention those in the cache.")
+@click.option("--batch", metavar="NUMBERS", help="Rows.")
+@click.option(
+    "--peers", metavar="NAMES",
+    help="eager, compile, fused, sdpa (or sdpa-flash ...), liger, flash-attn; default: those that are installed.",
+)  # fmt: skip
+@click.option("--quick", is_flag=True, help="Few shapes: about a minute on a GPU.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is a GPU if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines, the first of them the header.")
+@click.option("--out", metavar="FILE", help="Keep the rows as JSON lines; in a folder, as <device>/kernels.jsonl.")
+@click.pass_context
+def kernels(context: click.Context, tokens: str | None, batch: str | None, quick: bool, device: str, as_json: bool,
+            out: str | None, **names: str | None) -> None:  # fmt: skip
+    """Time every kernel at Llama's shapes beside its peers, and beside what the device allows.
+
+    Norms, RoPE, SwiGLU, cross-entropy and decode attention are bound by memory: read GB/s. Prefill attention and linear
+    cross-entropy are bound by arithmetic: read TFLOP/s. "of limit" compares with a copy and a matrix product, measured
+    at the start; "ratio" says how many times as long a peer takes as we do; "error" is that against float64, over the
+    largest number. A provider that does not compute the same is reported and not timed, and the exit code is then 1.
+
+    Without a GPU the Triton kernels do not run, and our PyTorch path is timed in their place, at a few small shapes.
+    """
+    harness, bench = benchmarks("harness"), benchmarks("kernels")
+    chosen = {key: [name.strip() for name in text.split(",")] if text else [] for key, text in names.items()}
+    try:
+        plan = bench.plan(**chosen, tokens=numbers("--tokens", tokens) or [], batches=numbers("--batch", batch) or [],
+                          quick=quick, device=device)  # fmt: skip
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    events = bench.run(plan, command_line(), say=lambda words: click.echo(words, err=True))
+    header = next(events)
+    for line in [json.dumps(header)] if as_json else bench.heading(header):
+        click.echo(line)
+    wrong = 0
+    with harness.lines_to(Path(out) if out else None, "kernels", header) as keep:
+        for event in events:
+            if isinstance(event, dict):
+                keep(event)
+                click.echo(json.dumps(event) if as_json else bench.line(event))
+            elif isinstance(event, bench.Left):
+                wrong += event.wrong
+                click.echo(
+                    f"{event.case.op} {event.case.words()}: {event.words()}" if as_json else event.words(), err=as_json
+                )
+            elif not as_json:
+                click.echo(bench.title(event))
+    context.exit(1 if wrong else 0)
+
+
+@bench.command()
+@click.argument("where", default="smollm2")
+@click.option("--backend", type=BACKENDS, default="auto", help="What computes our side.")
+@click.option("--peers", metavar="NAMES", help="transformers, llama.cpp; default: those that are installed.")
+@click.option("--prompt", metavar="NUMBERS", help="Lengths of the prompts to read.  [default: 512,4096]")
+@click.option("--new", type=click.IntRange(0), default=128, help="How many tokens to write; 0 leaves writing out.")
+@click.option("--batch", metavar="NUMBERS", help="How many texts at once.  [default: 1,8,32]")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", help="auto is the file's."
+)
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is a GPU if there is one.")
+@click.option("--runs", type=click.IntRange(1), default=5, help="Turns of each provider.")
+@click.option("--threads", type=click.IntRange(1), help="Of a CPU; default: as many as PyTorch takes.")
+@click.option("--memory/--no-memory", default=True, help="Peak memory, on a CPU by a process for each line.")
+@click.option("--format", "form", type=click.Choice(["md", "csv", "json"]), default="md", help="How rows are printed.")
+@click.option("--out", metavar="FILE", help="Keep the rows as JSON lines; in a folder, as <device>/model.jsonl.")
+def model(where: str, peers: str | None, prompt: str | None, batch: str | None, form: str, out: str | None,
+          **options: Any) -> None:  # fmt: skip
+    """Time the model WHERE as a whole, beside transformers and llama.cpp, turn by turn.
+
+    pp512 reads a prompt of 512 tokens, tg128 writes 128 tokens, as llama-bench calls them. All providers are first
+    checked to compute the same. "of floor" is how near each comes to what this machine's memory or arithmetic allows,
+    measured in the same turns; "theirs / ours" says how many times as long it takes as we do.
+    """
+    generation = benchmarks("generation")
+    harness = benchmarks("harness")
+    rows = generation.benchmark(
+        where,
+        peers=None if peers is None else [name for name in peers.split(",") if name],
+        prompts=numbers("--prompt", prompt),
+        batches=numbers("--batch", batch),
+        say=lambda words: click.echo(words, err=True),
+        **options,
+    )
+    header = harness.header(command_line(), gpu=generation.device_for(options["device"]).type == "cuda")
+    first = next(rows)  # what goes wrong does so before the file is touched
+    with harness.lines_to(Path(out) if out else None, "model", header) as keep:
+
+        def kept() -> Iterator[dict[str, Any]]:
+            for row in chain([first], rows):
+                keep(row)
+                yield row
+
+        for line in generation.FORMATS[form](kept()):
+            click.echo(line)
+
+
+@bench.command()
+@click.option("--results", multiple=True, metavar="DIR", help="Where results lie; default: those of this repository.")
+@click.option("--out", default="report.html", metavar="FILE", help="The page to write.")
+@click.option("--pictures", is_flag=True, help="Also write each picture beside its results, light and dark.")
+def report(results: tuple[str, ...], out: str, pictures: bool) -> None:
+    """Make one page of HTML of all results: tables and pictures, with nothing to load from elsewhere.
+
+    Prints the path of the page.
+    """
+    folders = [Path(name) for name in results]
+    click.echo(benchmarks("report").write(folders, Path(out), pictures))
+
+
+def benchmarks(module: str) -> Any:
+    """A module of the benchmarks, which need more than the core."""
+    try:
+        return importlib.import_module(f"llama.benchmarks.{module}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f'bench needs {error.name}: pip install "llama-triton[torch]" matplotlib') from error
+
+
+def command_line() -> str:
+    return " ".join(["llama", *sys.argv[1:]])
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """The numbers of "1,8,32"."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise click.BadParameter(f"{text!r} is not a list of numbers like 1,8,32", param_hint=option)
+    return [int(part) for part in parts]
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:

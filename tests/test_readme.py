@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llama.benchmarks.tables import filled
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -42,25 +44,23 @@ def test_its_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_its_figures_are_those_of_the_committed_run():
-    rows = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["rows"]
-    best = {row["what"]: row["best"] for row in rows if row.get("threads") == 1}
-    for label, what, digits in (("decode, tokens/s", "decode", 1), ("prefill of 512 tokens, s", "prefill 512", 2)):
-        ours, theirs = (f"{best[what][name]:.{digits}f}" for name in ("reference", "transformers"))
-        assert f"| {label} | {ours} | {theirs} |" in README
+def test_its_tables_are_those_of_the_committed_results():
+    assert {"model", "cpu", "tokenizer"} <= set(re.findall(r"<!-- table: ([\w-]+) -->\n\|", README))
+    assert README.count("<!-- table: ") == README.count("<!-- end -->")
+    assert filled(README) == README, "python -m benchmarks.tables rewrites them"
 
 
-def test_the_models_figures_are_those_of_the_committed_run():
-    rows = json.loads((ROOT / "benchmarks/results/model.json").read_text())["rows"]
-    rows = [row for row in rows if row.get("dtype", "float32") == "float32" and row.get("threads", 1) == 1]
-    found = {row["what"]: row for row in rows}
-    for label, what, digits in (
-        ("decode, tokens/s", "decode", 1),
-        ("prefill of 512 tokens, s", "prefill 512", 2),
-        ("loading, s", "load", 3),
-        ("peak memory, MB", "peak memory", 0),
-    ):
-        ours, theirs = (f"{found[what]['best'][name]:.{digits}f}" for name in ("llama", "transformers"))
-        assert f"| {label} | {ours} | {theirs} |" in README
-    ours, theirs = (f"{found['decode']['of_floor'][name]:.2f}" for name in ("llama", "transformers"))
-    assert f"Decode reaches {ours} of what the memory allows, transformers {theirs}." in README
+def test_a_table_comes_from_the_results_that_are_there(tmp_path):
+    rows = [
+        {"what": "decode", "unit": "tokens/s", "threads": threads, "best": {"reference": 10.0 * threads, "other": 4.0}}
+        for threads in (1, 2)
+    ]
+    rows.append({"what": "prefill 512", "unit": "s", "threads": 1, "best": {"reference": 1.0, "other": 2.5}})
+    (tmp_path / "cpu.json").write_text(json.dumps({"command": "python -m benchmarks.cpu", "device": "d", "rows": rows}))
+    text = "before\n<!-- table: cpu -->\nold\n<!-- end -->\n<!-- table: model -->\nkept\n<!-- end -->\n"
+    assert filled(text, tmp_path) == (
+        "before\n<!-- table: cpu -->\n| | reference | other |\n|---|---|---|\n| decode, tokens/s | 10.0 | 4.0 |\n"
+        "| prefill of 512 tokens, s | 1.00 | 2.50 |\n<!-- end -->\n<!-- table: model -->\nkept\n<!-- end -->\n"
+    )
+    with pytest.raises(ValueError, match="no table is called 'nope'; there are model, cpu, tokenizer"):
+        filled("<!-- table: nope -->\n<!-- end -->", tmp_path)

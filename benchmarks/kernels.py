@@ -1,0 +1,337 @@
+"""Every public kernel at Llama's shapes, beside its peers and beside what the device allows: `llama bench kernels`.
+
+    llama bench kernels                                    # on a GPU the whole grid, some minutes; --quick one
+    llama bench kernels --op rms_norm,swiglu --model 8b --tokens 1,4096 --dtype bfloat16 --peers eager,liger
+    llama bench kernels --json --out benchmarks/results    # JSON lines, also into a file of the device's folder
+
+Which number to read: norms, RoPE, SwiGLU, gemv, cross-entropy and decode attention are bound by memory, read GB/s;
+prefill attention and linear cross-entropy of many tokens by arithmetic, read TFLOP/s. A row has the one that binds: the
+bytes that must move over the rate of a copy, or the products over the rate of a matrix product in the same dtype,
+whichever takes longer, both measured at the start of the run. That longer time over the median is `of_limit`. At one
+token read the microseconds. A copy writes as much as it reads, so what mostly reads may pass 1 by a little.
+
+The method: every provider is first held against the reference in float64, and against ours on every element; who
+disagrees is reported and not timed. Providers take turns. On a GPU two events are around the call, and before it a
+buffer of twice the last cache is written over: `cache` is cold. Shapes so small that launching would be what is
+measured run twenty times in a CUDA graph instead: `graph` is true, `cache` is warm, and `of_limit` counts bytes that
+may never have left the cache. `ratio` is a provider's median over ours: above 1 we are faster.
+
+Without a GPU the kernels do not run. Then the first provider is our PyTorch path, the shapes are few and small, and
+torch.compile, which builds for seconds at every shape, is there only by name.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama import ops
+
+from . import harness, shapes
+from .harness import Clock
+from .peers import ON_GPUS, PEERS, SDPA, Inputs, error, here, inputs, outputs, providers, truth
+from .shapes import Case
+
+NO_GPU = "no GPU: the Triton kernels did not run; this is the PyTorch path"
+# The largest error that passes, relative to the largest number: of sums in that dtype, not of TensorFloat-32.
+AGREES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+LAUNCH_BOUND = 10e-6  # seconds at the limit, below which a GPU runs a graph
+IN_A_GRAPH = 20
+TURNS, SECONDS = (5, 30), 0.5  # how often each provider is measured, and for how long all together
+
+
+class Limits(NamedTuple):
+    """What the device allows: bytes/s of a copy, FLOP/s of a product by dtype."""
+
+    copy: float
+    product: dict[str, float]
+
+    def seconds(self, case: Case) -> tuple[float, str]:
+        """The least time for a case, and what binds: "bytes" or "flops"."""
+        by_bytes, by_flops = case.moved / self.copy, 0.0
+        if shapes.COSTS[case.op].products:
+            by_flops = case.flops / self.product[case.dtype]
+        return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
+
+
+def measure_limits(dtypes: Sequence[str], device: torch.device, clock: Clock) -> Limits:
+    """The best of ten copies of half a gigabyte (CPU: an eighth), and of ten square products.
+
+    A dtype in which the device multiplies slower than in float32 has float32's limit: one may compute in that.
+    """
+    gpu = device.type == "cuda"
+    source = torch.ones(2**29 if gpu else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / _best(clock, lambda: target.copy_(source))
+    size = 8192 if gpu else 1024
+    matrix, product = torch.randn(size, size, device=device), {}
+    for dtype in ("float32", *dtypes):
+        a = matrix.to(getattr(torch, dtype))
+        product[dtype] = 2 * size**3 / _best(clock, lambda a=a: a @ a)  # type: ignore[misc]
+    return Limits(copy, {dtype: max(product[dtype], product["float32"]) for dtype in dtypes})
+
+
+def _best(clock: Clock, call: Callable[[], object]) -> float:
+    call()
+    return min(clock(call) for _ in range(10))
+
+
+def flusher(device: torch.device) -> Callable[[], object]:
+    """What leaves nothing useful in the last cache: writing over twice its size."""
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        found = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+        size = 1024 * int(found.read_text().strip().removesuffix("K")) if found.exists() else 2**25
+    return torch.empty(2 * size, dtype=torch.uint8, device=device).zero_
+
+
+class Left(NamedTuple):
+    """A provider, or a whole case, without a time, and why. `wrong`: it computes something else."""
+
+    case: Case
+    provider: str
+    reason: str
+    wrong: bool = False
+
+    def words(self) -> str:
+        return f"    {self.provider:15}{'WRONG' if self.wrong else 'left out'}: {self.reason}"
+
+
+def measure(
+    case: Case, calls: Mapping[str, Callable[[], Any]], given: Inputs, limits: Limits, clock: Clock,
+    flush: Callable[[], object],
+) -> Iterator[dict[str, Any] | Left]:  # fmt: skip
+    """The rows of one case, ours first. `calls` are the providers on the inputs `given`."""
+    agreed, errors, right = {}, {}, truth(case, given)
+    first: list[torch.Tensor] | None = None
+    for name, call in calls.items():
+        try:
+            results = outputs(case, given, partial(_run, call))
+            errors[name], apart = error(right, results), _apart(results, first)
+        except Exception as refused:  # whatever a provider, its compiler or the allocator throws
+            yield Left(case, name, reason(refused))
+            continue
+        off, allowed = errors[name], AGREES[case.dtype]
+        if not (off <= allowed and apart <= 2 * allowed):
+            miss = f"{off:.2g} from float64" if not off <= allowed else f"{apart:.2g} from the first provider's"
+            yield Left(case, name, f"it is {miss}, and {allowed:g} is allowed", wrong=True)
+            continue
+        if first is None:
+            first = [result.clone() for result in results]
+        agreed[name] = call
+        del results
+    least, binds = limits.seconds(case)
+    graph = clock.graphs and least < LAUNCH_BOUND
+    ready = {}
+    for name, call in agreed.items():
+        try:
+            ready[name] = clock.repeated(call, IN_A_GRAPH) if graph else call
+            clock(ready[name])
+        except Exception as refused:
+            yield Left(case, name, reason(refused))
+    if not ready:
+        return
+    before, times = ((lambda: None), IN_A_GRAPH) if graph else (flush, 1)
+    turns = {name: (lambda call=call: clock(call, before) / times) for name, call in ready.items()}
+    once = sum(times * turn() for turn in turns.values())
+    runs = max(TURNS[0], min(TURNS[1], int(SECONDS / max(once, 1e-9))))
+    seconds = harness.take_turns(turns, runs)
+    ours: float | None = None
+    for name, values in seconds.items():
+        spread = harness.spread(values)
+        if ours is None and name == next(iter(calls)):
+            ours = spread["median"]
+        rate = {"gbps": case.moved / 1e9} if binds == "bytes" else {"tflops": case.flops / 1e12}
+        yield {
+            "op": case.op, "model": case.model, "shape": case.shape, "dtype": case.dtype, "provider": name,
+            **{f"{key}_us": _short(1e6 * value) for key, value in spread.items()},
+            "bytes": case.moved, "flops": case.flops,
+            **{key: _short(value / spread["median"]) for key, value in rate.items()},
+            "of_limit": _short(least / spread["median"]), "error": _short(errors[name]),
+            "ratio": None if ours is None else _short(spread["median"] / ours),
+            "cache": "warm" if graph else "cold", "graph": graph, "runs": runs,
+        }  # fmt: skip
+
+
+def _apart(results: list[torch.Tensor], first: list[torch.Tensor] | None) -> float:
+    """The largest distance from the first provider's results, over their largest number, on every element."""
+    if first is None:
+        return 0.0
+    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max())
+               for a, b in zip(results, first, strict=True))  # fmt: skip
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    """`call()`; where PyTorch's attention refuses, the last thing that it warned of is the reason."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            return call()
+        except RuntimeError as refused:
+            said = [str(w.message) for w in caught if "attention" in str(w.message).lower()]
+            if not said:
+                raise
+            raise RuntimeError(said[-1].partition(" (Triggered")[0]) from refused
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    return f"{lines[0] if lines else type(error).__name__}"[:160]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# -- the whole run -----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What a run is asked for."""
+
+    device: torch.device
+    backend: str  # of ours
+    peers: list[str]
+    cases: list[Case]
+
+
+def plan(
+    ops: Sequence[str] = (), dtypes: Sequence[str] = (), models: Sequence[str] = (), tokens: Sequence[int] = (),
+    batches: Sequence[int] = (), peers: Sequence[str] = (), quick: bool = False, device: str = "auto",
+) -> Plan:  # fmt: skip
+    """The run for these names; what is not given is the device's default.
+
+    Raises:
+        ValueError: something of that name is not there; it says what is.
+    """
+    where = _device(device)
+    gpu = where.type == "cuda"
+    _known("operation", ops, shapes.COSTS)
+    _known("dtype", dtypes, shapes.DTYPES)
+    _known("model", models, shapes.MODELS)
+    there = here(where)
+    names = [one for name in peers for one in ([n for n in there if n in SDPA] if name == "sdpa" else [name])]
+    _known("peer", names, PEERS)
+    for name in names:
+        if name not in there:
+            missing = "is not installed" if gpu or name not in ON_GPUS else "wants a GPU"
+            raise ValueError(f"the peer {name} {missing}; there are {', '.join(there)}")
+    chosen = names or [name for name in there if gpu or name != "compile"]
+    small, grid = (shapes.GPU_QUICK, shapes.GPU) if gpu else (shapes.CPU_QUICK, shapes.CPU)
+    usual = (["8b"] if quick else ["7b", "8b", "70b"]) if gpu else ["135m"]
+    work = shapes.cases(
+        ops or list(shapes.COSTS), models or usual, dtypes or (["bfloat16"] if gpu else ["float32"]),
+        small if quick else grid, tokens, batches,
+    )  # fmt: skip
+    if not work:
+        raise ValueError(f"gemv takes up to {shapes.FEW} rows: --batch 1 to {shapes.FEW}")
+    return Plan(where, "triton" if gpu else "torch", list(dict.fromkeys(chosen)), work)
+
+
+def _known(kind: str, names: Sequence[str], there: Sequence[str] | Mapping[str, object]) -> None:
+    for name in names:
+        if name not in there:
+            raise ValueError(f"no {kind} is called {name!r}; there are {', '.join(there)}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        there = ["cpu", *(f"cuda:{index}" for index in range(count))]
+        raise ValueError(f"no device is called {name!r}; there are {', '.join(there)}")
+    if device.type == "cuda":
+        ops.check_backend("triton")
+        torch.cuda.set_device(device)
+    return device
+
+
+def run(
+    plan: Plan, command: str, clock: Clock | None = None, say: Callable[[str], object] = lambda text: None
+) -> Iterator[dict[str, Any] | Case | Left]:
+    """The header; then of each case, the case itself and its rows, with what was left out and why.
+
+    `say` is told how long it may take.
+    """
+    device, gpu = plan.device, plan.device.type == "cuda"
+    clock = clock or harness.clock(device)
+    with torch.no_grad():
+        limits = measure_limits(list(dict.fromkeys(case.dtype for case in plan.cases)), device, clock)
+        products = {dtype: _short(rate / 1e12) for dtype, rate in limits.product.items()}
+        yield harness.header(
+            command, gpu, limits={"copy_gbps": _short(limits.copy / 1e9), "product_tflops": products},
+            threads=None if gpu else torch.get_num_threads(), note=None if gpu else NO_GPU,
+        )  # fmt: skip
+        took = estimate(plan, limits)
+        say(f"{len(plan.cases)} shapes, about {f'{took / 60:.0f} minutes' if took > 90 else f'{took:.0f} seconds'}")
+        flush = flusher(device)
+        for case in plan.cases:
+            yield case
+            torch.compiler.reset()  # a shape is compiled for itself, as often as there are shapes
+            try:
+                given = inputs(case, device)
+                calls = providers(case, given, plan.backend, plan.peers)
+                yield from measure(case, calls, given, limits, clock, flush)
+                del given, calls
+            except (RuntimeError, MemoryError) as refused:
+                yield Left(case, "all", reason(refused))
+            if gpu:
+                torch.cuda.empty_cache()
+
+
+def estimate(plan: Plan, limits: Limits) -> float:
+    """Seconds, by rule of thumb: a provider takes five times the least time, and is built, checked and measured."""
+    gpu = plan.device.type == "cuda"
+    building = 0.0 if "compile" not in plan.peers else 2.0 if gpu else 5.0
+    checking = 0.2 if gpu else 0.05
+    return sum(
+        building + (1 + len(plan.peers) / 2) * (checking + min(SECONDS, 5 * TURNS[1] * limits.seconds(case)[0]))
+        for case in plan.cases
+    )
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+COLUMNS = f"    {'provider':15}{'median us':>11}{'p10 - p90':>21}{'rate':>16}{'of limit':>10}{'ratio':>8}{'error':>10}"
+
+
+def heading(header: Mapping[str, Any]) -> list[str]:
+    limits = header["limits"]
+    products = ", ".join(f"{_flops(rate)} in {dtype}" for dtype, rate in limits["product_tflops"].items())
+    lines = [header["note"]] if header["note"] else []
+    device = header["device"] + (f", driver {header['driver']}" if header["driver"] else "")
+    device += f", {header['threads']} threads" if header["threads"] else ""
+    return [*lines, device, f"the limits: a copy moves {limits['copy_gbps']:g} GB/s, products make {products}", COLUMNS]
+
+
+def title(case: Case) -> str:
+    return (f"{case.op}  {case.model}  {case.words()}  {case.dtype}  "
+            f"{case.moved / 1e6:.3g} MB  {case.flops / 1e9:.3g} GFLOP")  # fmt: skip
+
+
+def line(row: Mapping[str, Any]) -> str:
+    rate = f"{row['gbps']:.4g} GB/s" if "gbps" in row else _flops(row["tflops"])
+    between = f"{_us(row['p10_us'])} - {_us(row['p90_us'])}"
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return (f"    {row['provider']:15}{_us(row['median_us']):>11}{between:>21}{rate:>16}{row['of_limit']:>10.0%}"
+            f"{ratio:>8}{row['error']:>10.1e}  {row['cache']}{' graph' if row['graph'] else ''}")  # fmt: skip
+
+
+def _flops(tera: float) -> str:
+    return f"{tera:.4g} TFLOP/s" if tera >= 1 else f"{1000 * tera:.4g} GFLOP/s"
+
+
+def _us(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"

@@ -1,0 +1,111 @@
+"""The README's figures, from the committed results: rewrites what stands between its markers.
+
+    python -m benchmarks.tables              # <!-- table: model --> ... <!-- end -->; tests/test_readme.py compares
+
+A table whose results are not there stays as it is.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import harness
+from .report import Row, read
+
+README = Path(__file__).parent.parent / "README.md"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rivals(rows: list[Row], lines: dict[str, tuple[str, int]]) -> str:
+    """A table of the best of each rival. `lines`: what stands on the left, and of which row with how many digits."""
+    found: dict[str, Any] = {row["what"]: row.get("best") for row in rows}
+    names = list(found[next(iter(lines.values()))[0]])
+    table = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for label, (what, digits) in lines.items():
+        table.append(f"| {label} | " + " | ".join(f"{found[what][name]:.{digits}f}" for name in names) + " |")
+    return "\n".join(table)
+
+
+def plain(rows: list[Row]) -> list[Row]:
+    """Those in float32 on one thread, or without a word about it."""
+    return [row for row in rows if row.get("dtype", "float32") == "float32" and row.get("threads", 1) == 1]
+
+
+def model(rows: list[Row]) -> str:
+    rows = plain(rows)
+    table = rivals(rows, {
+        "decode, tokens/s": ("decode", 1), "prefill of 512 tokens, s": ("prefill 512", 2),
+        "loading, s": ("load", 3), "peak memory, MB": ("peak memory", 0),
+    })  # fmt: skip
+    reached = next(row["of_floor"] for row in rows if row["what"] == "decode")
+    ours, theirs = (f"{reached[name]:.2f}" for name in ("llama", "transformers"))
+    return f"{table}\n\nDecode reaches {ours} of what the memory allows, transformers {theirs}."
+
+
+def cpu(rows: list[Row]) -> str:
+    lines = {"decode, tokens/s": ("decode", 1), "prefill of 512 tokens, s": ("prefill 512", 2)}
+    return rivals(plain(rows), lines)
+
+
+def tokenizer(rows: list[Row]) -> str:
+    lines = {
+        f"{kind}, {how}, million characters/s": (f"fast class, {way}, {kind}", 1)
+        for kind, how, way in (
+            ("lines", "in a batch", "batch"),
+            ("documents", "in a batch", "batch"),
+            ("documents", "one by one", "one by one"),
+        )
+    }
+    return rivals(rows, lines)
+
+
+def convert(rows: list[Row]) -> str:
+    """The best of each rival, where there is one."""
+    rows = [row for row in rows if len(row.get("best", ())) > 1]
+    names = list(dict.fromkeys(name for row in rows for name in row["best"]))
+    table = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for row in rows:
+        cells = (f"{row['best'][name]:.3g}" if name in row["best"] else "" for name in names)
+        table.append(f"| {row['what']}, {row['unit']} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def batches(rows: list[Row]) -> str:
+    """The table of `llama bench model`."""
+    table = ["| test | batch | provider | tokens/s | theirs / ours | of the floor |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (row["test"], row["batch"], f"{row['provider']}, {row['backend']}",
+                 f"{row['tokens_per_s']['median']:.4g}", f"{row['ratio']:.2f}", f"{row['of_floor']:.2f}")  # fmt: skip
+        table.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(table)
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "model": ("model.json", model),
+    "cpu": ("cpu.json", cpu),
+    "tokenizer": ("tokenizer.json", tokenizer),
+    "convert": ("convert.json", convert),
+    "batches": ("epyc-2-cores/model.jsonl", batches),
+}
+
+
+def filled(text: str, results: Path = harness.RESULTS) -> str:
+    """`text` with every table anew.
+
+    Raises:
+        ValueError: a marker names no table, or a file of results is none.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        start, name, end = found.groups()
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+        file, build = TABLES[name]
+        return found[0] if not (results / file).exists() else f"{start}{build(read(results / file).rows)}\n{end}"
+
+    return MARKED.sub(fill, text)
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))

@@ -1,0 +1,287 @@
+"""`llama bench model`: what it counts, what it refuses, and that nobody is timed who computes something else."""
+
+import csv
+import ctypes
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
+
+from llama import LlamaForCausalLM, cli, reference
+from llama.benchmarks import generation
+from llama.benchmarks.generation import Limits, Machine
+
+CPU = Machine(torch.device("cpu"), 1)
+SMALL = {"prompts": [8], "new": 4, "batches": [1, 2], "threads": 1, "runs": 2, "memory": False}
+KEYS = {"model", "test", "batch", "provider", "backend", "dtype", "threads", "runs", "tokens_per_s", "ratio",
+        "of_floor", "bound", "peak_memory_mb", "time_to_first_token_ms", "read_bandwidth_gbps", "product_tflops",
+        "error"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    params = {name: array / 8 for name, array in random_params().items()}
+    return write_folder(tmp_path_factory.mktemp("bench") / "tiny", params)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line in this process; gives its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+def bench(folder, **options):
+    return list(generation.benchmark(str(folder), **SMALL | options))
+
+
+# L=2 E=64 F=32 V=12 H=4 K=2 D=16: a layer's matrices have 64·(64+32+32+64) + 3·64·32 = 18,432 numbers, the head 768.
+CONFIG = reference.Config.from_dict(FIELDS)
+
+
+def test_reading_a_prompt_counts_every_matrix_once_and_half_of_all_pairs():
+    size, work = generation.Test(3, 1, 8).demands(CONFIG, 2)
+    assert size == 2 * (2 * 18_432 + 768 + 3 * 8 * 2 * 2 * 2 * 16)
+    assert work == 2 * 3 * (8 * 2 * 18_432 + 768) + 3 * (8 * 9 // 2) * 4 * 2 * 4 * 16
+
+
+def test_writing_counts_the_matrices_once_a_token_and_the_growing_cache():
+    size, work = generation.Test(3, 4, 1).demands(CONFIG, 4)
+    assert size == 4 * (4 * (2 * 18_432 + 768) + 3 * (1 + 2 + 3 + 4) * 2 * 2 * 2 * 16)
+    assert work == 2 * 3 * 4 * (2 * 18_432 + 768) + 3 * (1 + 2 + 3 + 4) * 4 * 2 * 4 * 16
+
+
+def test_the_weights_counted_are_those_that_the_model_has():
+    model = LlamaForCausalLM(generation.LlamaForCausalLM.config_class(**FIELDS))
+    matrices = sum(w.numel() for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name)
+    size, _ = generation.Test(1, 1, 1).demands(CONFIG, 1)
+    assert size == matrices + 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize(("rate", "floor"), [(1e3, (2.0, "arithmetic")), (1e6, (0.5, "memory"))])
+def test_the_floor_is_the_longer_of_two_times(rate, floor):
+    assert Limits(100.0, rate).floor((50, 2000)) == floor
+
+
+def test_by_default_a_cpu_is_spared_what_takes_long_and_told_so(folder):
+    config = reference.Config.from_dict(FIELDS | {"max_position_embeddings": 5000})
+    slow = Limits(1e9, 5e8)  # a text of pp512 takes 0.2 s, one of pp4096 9 s
+    tests, left_out = generation.chosen(None, 128, None, config, 4, CPU, slow)
+    assert [(test.name, test.batch) for test in left_out] == [("pp4096", 8), ("pp4096", 32)]
+    assert {("pp512", 1), ("pp512", 32), ("pp4096", 1), ("tg128", 32)} <= {(test.name, test.batch) for test in tests}
+    tests, left_out = generation.chosen([4096], 0, [32], config, 4, CPU, slow)  # asked for
+    assert [(test.name, test.batch) for test in tests] == [("pp4096", 32)]
+    assert not left_out
+    gpu = Machine(torch.device("cuda"), 1)
+    assert len(generation.chosen(None, 128, None, config, 4, gpu, slow)[0]) == 9
+
+
+def test_a_text_longer_than_the_model_allows_is_refused_when_asked_for():
+    limit = Limits(1e12, 1e15)
+    with pytest.raises(ValueError, match="pp33 is longer than the 32 tokens"):
+        generation.chosen([33], 0, [1], CONFIG, 4, CPU, limit)
+    with pytest.raises(ValueError, match="tg128 is longer than the 32 tokens"):
+        generation.chosen(None, 128, [1], CONFIG, 4, CPU, limit)
+    tests, _ = generation.chosen(None, 32, [1], CONFIG, 4, CPU, limit)  # the usual prompts, which do not fit
+    assert [test.name for test in tests] == ["tg32"]
+
+
+class Ticking:
+    """A clock that moves when a model computes: by one second a pass for ours, by two for transformers."""
+
+    def __init__(self, monkeypatch):
+        self.time = 0.0
+        step = generation.TorchModel.step
+
+        def slow(model, tokens):
+            self.time += 1 if model.name == "llama" else 2
+            return step(model, tokens)
+
+        monkeypatch.setattr(generation.TorchModel, "step", slow)
+
+    def __call__(self):
+        self.time += 1e-9
+        return self.time
+
+
+def test_rows_say_what_the_clock_said(folder, monkeypatch):
+    rows = bench(folder, clock=Ticking(monkeypatch))
+    assert [(row["test"], row["batch"], row["provider"]) for row in rows] == [
+        (test, batch, provider) for test in ("pp8", "tg4") for batch in (1, 2) for provider in ("llama", "transformers")
+    ]
+    for row in rows:
+        assert set(row) == KEYS
+        assert (row["dtype"], row["threads"], row["runs"], row["backend"]) == ("float32", 1, 2, "torch")
+        ours = row["provider"] == "llama"
+        seconds = 1 if ours else 2  # a pass
+        speed = row["batch"] * (8 if row["test"] == "pp8" else 1) / seconds
+        assert row["tokens_per_s"] == {"median": speed, "p10": speed, "p90": speed}
+        assert row["ratio"] == seconds
+        assert row["time_to_first_token_ms"] == (1000 * seconds if row["test"] == "pp8" else None)
+        assert (row["error"] is None) == ours
+        assert ours or row["error"] < 1e-5
+
+
+def test_of_floor_is_the_floor_over_the_median_time():
+    found = generation.figures(generation.Test(2, 1, 8), [4.0, 5.0, 9.0], ours=10.0, floor=2.5)
+    assert found == {
+        "tokens_per_s": {"median": 3.2, "p10": digits(16 / 9), "p90": 4.0},
+        "ratio": 0.5,
+        "of_floor": 0.5,
+        "time_to_first_token_ms": 5000.0,
+    }
+
+
+def digits(value):
+    return float(f"{value:.5g}")
+
+
+@pytest.mark.parametrize("change", [lambda w: w.mul_(1.5), lambda w: w.fill_(float("nan"))])
+def test_who_computes_something_else_is_not_timed(folder, monkeypatch, change):
+    load = generation.load
+
+    def broken(name, *arguments):
+        model = load(name, *arguments)
+        if name == "transformers":
+            with torch.no_grad():
+                change(model.model.model.layers[1].mlp.down_proj.weight)
+        return model
+
+    monkeypatch.setattr(generation, "load", broken)
+    with pytest.raises(ValueError, match=r"llama \(torch\) and transformers do not compute the same: after \d+ tokens"):
+        bench(folder)
+
+
+def test_a_wrong_cache_is_noticed_too(folder, monkeypatch):
+    @torch.inference_mode()
+    def forgetful(self, tokens):
+        out = self.model(tokens, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    models = [generation.load("llama", folder, "torch", torch.float32, CPU, 16) for _ in range(2)]
+    models[1].step = forgetful.__get__(models[1])
+    ids = np.arange(32).reshape(1, -1) % FIELDS["vocab_size"]
+    with pytest.raises(ValueError, match="after 9 tokens"):
+        generation.check(models, ids)
+
+
+def test_the_reference_can_stand_on_our_side(folder):
+    rows = bench(folder, backend="reference", peers=["transformers"], batches=[2])
+    assert [row["backend"] for row in rows] == ["reference", "torch", "reference", "torch"]
+    assert all(row["error"] < 1e-5 for row in rows[1::2])
+
+
+def test_bfloat16_is_compared_within_its_own_budget(folder):
+    assert {row["dtype"] for row in bench(folder, dtype="bfloat16", batches=[1])} == {"bfloat16"}
+
+
+def test_memory_is_that_of_a_process_of_its_own(folder):
+    row, *_ = bench(folder, peers=[], new=0, batches=[1], memory=True)
+    assert row["peak_memory_mb"] > 50  # an interpreter with PyTorch
+
+
+class Llama:
+    """llama_cpp.Llama as far as it is used, with our own model inside."""
+
+    def __init__(self, path, **options):
+        assert options["n_threads"] == 1
+        self.inner = LlamaForCausalLM.from_pretrained(path)
+        self._ctx = SimpleNamespace(get_logits=self.get_logits)
+
+    def n_vocab(self):
+        return FIELDS["vocab_size"]
+
+    def reset(self):
+        self.cache = None
+
+    def eval(self, tokens):
+        out = self.inner(torch.tensor([tokens]), past_key_values=self.cache)
+        self.cache, self.scores = out.past_key_values, out.logits[0, -1].detach().numpy()
+
+    def get_logits(self):
+        return self.scores.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def test_a_gguf_file_goes_to_llama_cpp_as_it_is_and_to_transformers_in_its_own_layout(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", {name: array / 8 for name, array in random_params().items()})
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama, __spec__=object()))
+    said = []
+    rows = bench(path, say=said.append)
+    assert [row["provider"] for row in rows if row["test"] == "tg4"] == [
+        "llama", "transformers", "llama.cpp", "llama", "transformers"
+    ]  # fmt: skip
+    assert all(row["error"] < 1e-5 for row in rows if row["provider"] != "llama")
+    assert any("tg4 of 2: llama.cpp is left out" in words for words in said)
+
+
+def test_the_command_prints_every_format_and_keeps_json_lines(folder, tmp_path, run):
+    out = tmp_path / "kept" / "model.jsonl"
+    small = ("bench", "model", folder, "--prompt", "8", "--new", "4", "--batch", 1, "--runs", 1, "--no-memory",
+             "--threads", 1, "--device", "cpu")  # fmt: skip
+    code, printed, said = run(*small, "--out", out)
+    assert code == 0
+    assert "No GPU is used: these are a CPU's figures" in said
+    head, line, *rows = printed.splitlines()
+    assert head.startswith("| test ")
+    assert set(line) == {"|", "-"}
+    assert [row.split("|")[3].strip() for row in rows] == ["llama (torch)", "transformers (torch)"] * 2
+    header, *kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {"command", "date", "device", "driver", "clocks", "versions"} <= set(header)
+    assert header["command"].startswith(f"llama bench model {folder}")
+    assert [set(row) for row in kept] == [KEYS] * 4
+
+    code, printed, _ = run(*small, "--format", "json", "--peers", "transformers")
+    assert [set(json.loads(line)) for line in printed.splitlines()] == [KEYS] * 4
+    code, printed, _ = run(*small, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [row["test"] for row in rows] == ["pp8", "pp8", "tg4", "tg4"]
+    assert float(rows[0]["tokens_per_s_p10"]) == float(rows[0]["tokens_per_s_p90"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--peers", "vllm"], "no peer is called 'vllm'; there are transformers, llama.cpp"),
+        (["--peers", "llama.cpp"], "llama.cpp is not installed: pip install llama-cpp-python; installed: transformers"),
+        (["--device", "tpu"], "no device is called 'tpu'; there are auto, cpu, cuda"),
+        (["--device", "cuda"], "PyTorch sees no GPU"),
+        (["--prompt", "8,x"], "'8,x' is not a list of numbers like 1,8,32"),
+        (["--batch", "0"], "'0' is not a list of numbers"),
+        (["--prompt", "33", "--batch", "1"], "pp33 is longer than the 32 tokens"),
+        (["--backend", "reference", "--dtype", "float16"], "the reference computes on a CPU in float32"),
+    ],
+)
+def test_wrong_input_is_a_sentence_and_touches_no_file(folder, tmp_path, run, monkeypatch, options, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = generation.importlib.util.find_spec
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name != "llama_cpp" and found(name))
+    kept = tmp_path / "results.jsonl"
+    kept.write_text("what was measured before")
+    code, out, err = run("bench", "model", folder, "--new", "4", *options, "--out", kept)
+    assert code in (1, 2)
+    assert words in err.replace("\n", " ")
+    assert not out
+    assert kept.read_text() == "what was measured before"
+
+
+def test_llama_cpp_is_not_offered_what_it_cannot_read(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama, __spec__=object()))
+    assert {row["provider"] for row in bench(folder, batches=[1])} == {"llama", "transformers"}
+    with pytest.raises(ValueError, match=r"llama\.cpp reads \.gguf files, and .*tiny is none"):
+        bench(folder, peers=["llama.cpp"])
