@@ -82,6 +82,6 @@ def test_the_fetched_folder_is_complete_and_nothing_more(smollm2):
     config = json.loads((smollm2 / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
     assert config["rms_norm_eps"] == 1e-5
-    assert sorted(path.name for path in smollm2.iterdir()) == [
+    assert {path.name for path in smollm2.iterdir()} - {"conversion.json"} == {  # an older cache lacks it
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+    }  # fmt: skip
