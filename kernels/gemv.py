@@ -73,16 +73,17 @@ def _gemv_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     block, y_width = tl.program_id(0), a_width + b_width + c_width
     a_blocks, b_blocks = tl.cdiv(a_width, BLOCK_N), tl.cdiv(b_width, BLOCK_N)
-    if block < a_blocks:
-        _sums(x_ptr, a_ptr, b_ptr, y_ptr, block, rows, width, a_width, y_width, xr, xk, an, ak, bn, bk,
-              GATED, EVEN, ROWS, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
-    elif WEIGHTS > 1:
-        if block < a_blocks + b_blocks:
-            _sums(x_ptr, b_ptr, b_ptr, y_ptr + a_width, block - a_blocks, rows, width, b_width, y_width,
-                  xr, xk, bn, bk, bn, bk, GATED, EVEN, ROWS, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
-        elif WEIGHTS > 2:
-            _sums(x_ptr, c_ptr, c_ptr, y_ptr + a_width + b_width, block - a_blocks - b_blocks, rows, width, c_width,
-                  y_width, xr, xk, cn, ck, cn, ck, GATED, EVEN, ROWS, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
+    w_ptr, first, offset, w_width, wn, wk = a_ptr, 0, 0, a_width, tl.cast(an, tl.int64), tl.cast(ak, tl.int64)
+    if WEIGHTS > 1:  # noqa: SIM102 - known to the compiler; not nested, which Triton 3.6 cannot compile for AMD
+        if block >= a_blocks:
+            w_ptr, first, offset, w_width = b_ptr, a_blocks, a_width, b_width
+            wn, wk = tl.cast(bn, tl.int64), tl.cast(bk, tl.int64)
+    if WEIGHTS > 2:  # noqa: SIM102
+        if block >= a_blocks + b_blocks:
+            w_ptr, first, offset, w_width = c_ptr, a_blocks + b_blocks, a_width + b_width, c_width
+            wn, wk = tl.cast(cn, tl.int64), tl.cast(ck, tl.int64)
+    _sums(x_ptr, w_ptr, b_ptr, y_ptr + offset, block - first, rows, width, w_width, y_width, xr, xk, wn, wk, bn, bk,
+          GATED, EVEN, ROWS, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
 
 
 def _run(x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, gated: bool, pdl: bool) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .generation import mixin, processors
 from .generation.stopping import EosTokenCriteria
 
 STEPS = 16  # between two looks of the host at whether all rows are done
-ROOM = 256  # caches are made for a multiple of so many tokens, so that texts of many lengths share one
+ROOM = 256  # caches are made for a multiple of so many tokens, so that texts of like lengths share one
 GRAPHS = 8  # a decoder keeps so many ways of sampling recorded
 # What looks at the scores alone; the others want the text, or its length, which a recording would not see change.
 SCORE_PROCESSORS = (
@@ -117,7 +117,7 @@ def refusal(run: "mixin.Run") -> str | None:
 
 def plan(model: Any) -> Plan | None:
     """The weights of a plain model. None where a module does anything beyond its class's own forward (an adapter, a
-    hook, a quantised linear), for a recording would leave that out."""
+    hook, a quantised linear), for a recording would leave that out; or a weight is more than its numbers."""
     body: Any = getattr(model, "model", None)
     if type(model) is not modeling.LlamaForCausalLM or type(body) is not modeling.LlamaModel or model.training:
         return None
@@ -128,7 +128,8 @@ def plan(model: Any) -> Plan | None:
     blocks: Any = body.layers
     if not all(block.self_attn.groups_are_even for block in blocks):
         return None
-    if len({(weight.dtype, weight.device) for weight in model.parameters()}) > 1:
+    weights = list(model.parameters())
+    if not ops.are_plain(weights) or len({(weight.dtype, weight.device) for weight in weights}) > 1:
         return None
     layers = [
         Layer(
@@ -243,7 +244,8 @@ class Chooser:
     """From logits (B, V) to tokens (B,), as `Run.choose` does, but never waiting for the device as torch.multinomial.
 
     A draw is the same one: the largest of p / e, the e exponentially distributed. They come from PyTorch's default
-    generator, B · V of them a step, also in steps that come after the last end.
+    generator, B · V of them a step, also in steps that come after the last end. And as nobody waits, nobody is told of
+    scores that are no numbers (NaN), of which torch.multinomial would raise: what is drawn then means nothing.
     """
 
     def __init__(self, run: "mixin.Run") -> None:
@@ -259,7 +261,7 @@ class Chooser:
 
 
 class Decoder:
-    """A state, and the steps recorded on it. One for each model and number of rows, lent to one run at a time.
+    """A state, and the steps recorded on it. A model's last one is kept, and lent to one run at a time.
 
     It does not hold the weights: they may move, and the recordings are then made anew.
     """
@@ -270,9 +272,10 @@ class Decoder:
         self.baked = plan.baked()
         self.replays: dict[Any, Callable[[], None]] = {}
 
-    def fits(self, plan: Plan, room: int, ends: int) -> bool:
+    def fits(self, plan: Plan, rows: int, room: int, ends: int) -> bool:
+        """Whether a new one would be the same. More room would do, but attention sums by it, and rounds otherwise."""
         state = self.state
-        return state.text.shape[1] >= room and len(state.ends) == ends and self.baked == plan.baked()
+        return state.text.shape == (rows, room) and len(state.ends) == ends and self.baked == plan.baked()
 
     def replay(self, plan: Plan, choose: Chooser, record: bool) -> Callable[[], None]:
         """What makes a step: a recording, made at the first call for this way of choosing; or the step itself.
@@ -322,8 +325,12 @@ class Decoder:
 
 
 def recorded(once: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`once` as a CUDA graph. It runs three times before, for what kernels and libraries set up at their first call."""
-    with torch.random.fork_rng([device]), torch.cuda.device(device):
+    """`once` as a CUDA graph. It runs three times before, for what kernels and libraries set up at their first call.
+
+    In inference mode the generator's own tensors would be made such that no replay outside of it could advance them.
+    Other threads may go on meanwhile, whatever they ask of the GPU.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng([device]), torch.cuda.device(device):
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -331,7 +338,7 @@ def recorded(once: Callable[[], None], device: torch.device) -> Callable[[], Non
                 once()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             once()
     return graph.replay
 
@@ -342,11 +349,11 @@ def _ends(run: "mixin.Run") -> torch.Tensor:
     return torch.cat(ends) if ends else torch.tensor([-1])
 
 
-_decoders: weakref.WeakKeyDictionary[nn.Module, dict[int, Decoder]] = weakref.WeakKeyDictionary()
+_decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
 
 def release(model: nn.Module) -> None:
-    """Give up the caches and recordings that are kept for `model`; the next run makes new ones."""
+    """Give up the cache and the recordings that are kept for `model`; the next run makes new ones."""
     _decoders.pop(model, None)
 
 
@@ -365,13 +372,14 @@ def write(run: "mixin.Run", watched: bool = True) -> Iterator[torch.Tensor]:
     now, ends = plan(run.model), len(_ends(run))
     assert now is not None
     room = -(-(past + run.limit - run.length) // ROOM) * ROOM
-    kept = _decoders.setdefault(run.model, {})
-    decoder = kept.pop(rows, None)  # whoever comes meanwhile makes one of their own
-    if decoder is None or not decoder.fits(now, room, ends):
+    decoder = _decoders.pop(run.model, None)  # whoever comes meanwhile makes one of their own
+    if decoder is None or not decoder.fits(now, rows, room, ends):
         decoder = None  # gone before the next one needs its memory
         decoder = Decoder(now, rows, room, ends)
     replay = decoder.replay(now, Chooser(run), run.decoding != "static")
     decoder.load(run)
+    if not run.cache_is_seen:
+        reader.cache = cache = None  # its memory is free from here on
     state, done = decoder.state, 0
     writing = bool(state.writing.any())
     try:
@@ -385,5 +393,6 @@ def write(run: "mixin.Run", watched: bool = True) -> Iterator[torch.Tensor]:
                 run.append(tokens)
                 yield tokens
     finally:
-        decoder.give_back(cache, past, done)
-        kept[rows] = decoder
+        if cache is not None:
+            decoder.give_back(cache, past, done)
+        _decoders[run.model] = decoder

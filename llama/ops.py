@@ -8,7 +8,7 @@ wanted PyTorch's operations compute, whatever the backend.
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeGuard
@@ -441,7 +441,12 @@ def gemv_swiglu(
 
 def _suits_gemv(x: torch.Tensor, biases: list[torch.Tensor | None], weights: list[torch.Tensor], backend: str) -> bool:
     few = len(x) <= MOST_ROWS and all(bias is None for bias in biases)
-    return few and uses_triton(backend, x, *weights)
+    return few and are_plain(weights) and uses_triton(backend, x, *weights)
+
+
+def are_plain(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether none is of a class of its own (quantised, sharded), whose numbers do not simply lie in its memory."""
+    return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: "torch.Tensor | Padding | None") -> torch.Tensor:

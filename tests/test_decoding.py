@@ -5,6 +5,7 @@ that they read and wrote, refuses whatever would wait for a device, and replays 
 none of the step's Python, as a graph's does not. `pytest --gpu tests/test_decoding.py` asks a GPU's own.
 """
 
+import contextlib
 import gc
 import weakref
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from strategies import SEEDS, configs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama import DynamicCache, LlamaForCausalLM, StaticCache, decoding
+from llama import DynamicCache, LlamaForCausalLM, StaticCache, decoding, ops
 from llama.generation.stopping import StoppingCriteria
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -193,7 +194,7 @@ def test_nothing_of_an_earlier_text_is_left():
     """In the decoder that both are lent: neither padding nor numbers that are none."""
     made, ids = model(), tokens(2, 9)
     same(made, ids, attention_mask=left_padding(ids, 8, 5), max_new_tokens=30)
-    for keys, values in zip(*decoding._decoders[made][2].state[-2:], strict=True):
+    for keys, values in zip(*decoding._decoders[made].state[-2:], strict=True):
         keys.fill_(torch.nan), values.fill_(torch.nan)
     same(made, ids, max_new_tokens=9)
 
@@ -221,7 +222,7 @@ def test_a_decoder_is_kept_and_goes_with_the_weights_and_the_model(tape):
     made, ids = model(), tokens(2, 5)
 
     def kept():
-        return decoding._decoders[made][2]
+        return decoding._decoders[made]
 
     first = recorded_text(made, ids, max_new_tokens=5)
     decoder = kept()
@@ -248,6 +249,44 @@ def test_a_decoder_is_kept_and_goes_with_the_weights_and_the_model(tape):
     del made, decoder
     gc.collect()
     assert gone() is None
+
+
+def test_one_decoder_is_kept_and_a_text_gets_the_room_that_it_would_get_alone():
+    """Room decides how attention is split, and so the last bits."""
+    made = model()
+    first = weakref.ref(lent(made, rows=2, new=300))
+    assert first().state.text.shape == (2, 512)
+    for rows, new in ((2, 5), (1, 5), (2, 300)):
+        assert lent(made, rows, new).state.text.shape == (rows, 512 if new == 300 else 256)
+        gc.collect()
+        assert first() is None
+
+
+def lent(made, rows, new):
+    written(made, tokens(rows, 5), "static", max_new_tokens=new)
+    return decoding._decoders[made]
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [({}, False), ({"return_dict_in_generate": True}, True), ({"past_key_values": DynamicCache()}, True)],
+    ids=["nobody's", "returned", "the caller's"],
+)
+@torch.no_grad()
+def test_a_cache_that_nobody_will_see_goes_when_the_steps_begin(options, seen, monkeypatch):
+    made, ids, calls = model(), tokens(2, 5), []
+    give_back = decoding.Decoder.give_back
+    monkeypatch.setattr(decoding.Decoder, "give_back", lambda *args: (calls.append(1), give_back(*args)))
+    kwargs = {"do_sample": False, "max_new_tokens": 9} | options
+    run = made._prepare(ids, None, None, None, None, None, None, kwargs | {"decoding": "static"})
+    held = weakref.ref(run.reader.cache)
+    steps = decoding.write(run)
+    next(steps), next(steps)
+    gc.collect()
+    assert (held() is not None) == seen
+    assert len(list(steps)) == 7
+    assert len(calls) == seen
+    assert not seen or held().get_seq_length() == 13
 
 
 def test_a_decoder_made_in_inference_mode_serves_outside_of_it():
@@ -294,11 +333,19 @@ def adapt(made):
     made.model.layers[0].self_attn.q_proj.__class__ = Adapter
 
 
+class Packed(torch.Tensor):
+    """As quantised and sharded weights are: of a class that has its own way with products."""
+
+
+def pack(made):
+    made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().as_subclass(Packed))
+
+
 @pytest.mark.parametrize(
     "change",
-    [watch, adapt, lambda made: made.train(), lambda made: made.lm_head.half(),
+    [watch, adapt, pack, lambda made: made.train(), lambda made: made.lm_head.half(),
      lambda made: made.model.layers[0].self_attn.prune_heads({1})],
-    ids=["hook", "adapter", "training", "two dtypes", "pruned"],
+    ids=["hook", "adapter", "weight's class", "training", "two dtypes", "pruned"],
 )  # fmt: skip
 def test_a_model_that_is_more_than_its_weights_is_refused(change):
     made = model()
@@ -357,7 +404,7 @@ def test_a_recorded_step_serves_every_text(fields, seed, B, draws, data):
             if draws:  # the tape's own first steps have drawn: only what comes after them is the same
                 recorded_text(made, ids, seed, **options)
             assert torch.equal(recorded_text(made, ids, seed, **options), plain)
-        assert len(decoding._decoders[made][B].replays) == 1
+        assert len(decoding._decoders[made].replays) == 1
 
 
 @pytest.mark.usefixtures("little_room", "tape")
@@ -369,7 +416,7 @@ def test_each_way_of_sampling_is_recorded_by_itself_and_the_oldest_goes(monkeypa
         options = {"max_new_tokens": 12} | way  # to the last place of the room
         recorded_text(made, ids, **options)
         assert torch.equal(recorded_text(made, ids, **options), written(made, ids, "plain", **options))
-        assert len(decoding._decoders[made][2].replays) == count
+        assert len(decoding._decoders[made].replays) == count
 
 
 def decoder_of(made, B=2, device=None):
@@ -438,7 +485,40 @@ def test_a_step_that_decides_in_python_is_found_out(tape, monkeypatch):
     assert not torch.equal(recorded_text(made, ids, max_new_tokens=20), stepped)
 
 
+def test_a_recording_is_made_outside_of_inference_mode_and_leaves_other_threads_be(monkeypatch):
+    """With a CUDA that does nothing."""
+    modes, asked = [], []
+    stub = contextlib.nullcontext
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = lambda graph, **options: (asked.append(options), modes.append(modes_now()), stub())[-1]  # noqa: E731
+    fakes = {"device": stub, "Stream": lambda: stream, "current_stream": lambda: stream, "stream": stub,
+             "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "graph": graph}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.random, "fork_rng", stub)
+    with torch.inference_mode():
+        assert decoding.recorded(lambda: modes.append(modes_now()), torch.device("cuda", 0)) == "replay"
+    assert modes == [(False, False)] * 5
+    assert asked == [{"capture_error_mode": "thread_local"}]
+
+
+def modes_now():
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
 # On the kernels
+
+
+@pytest.mark.usefixtures("little_room")
+def test_products_with_a_weight_of_another_class_are_left_to_it():
+    x, weight = torch.ones(1, 1, 8, device=DEVICE), torch.ones(3, 8, device=DEVICE)
+    with torch.no_grad(), Tape() as tape:
+        ops.gemv(x, [weight], [None], "triton"), ops.gemv_swiglu(x, weight, None, weight, None, "triton")
+        assert {op.namespace for op, *_ in tape.notes} >= {"llama_triton"}
+        tape.notes.clear()
+        packed = weight.as_subclass(Packed)
+        ops.gemv(x, [weight, packed], [None] * 2, "triton")
+    assert not any(op.namespace == "llama_triton" for op, *_ in tape.notes)
 
 
 @pytest.mark.usefixtures("little_room")
@@ -478,7 +558,7 @@ def test_a_graph_writes_what_the_plain_loop_writes(B):
     for options in ({}, {"attention_mask": left_padding(ids, *range(B)), "eos_token_id": 9}):
         plain, graph = (written(made, ids, how, max_new_tokens=256, **options) for how in ("plain", "graph"))
         assert torch.equal(plain, graph)
-    assert len(decoding._decoders[made][B].replays) == 1
+    assert len(decoding._decoders[made].replays) == 1
 
 
 @pytest.mark.needs_gpu

@@ -25,7 +25,8 @@ from numerics import (
 )
 from strategies import SEEDS
 
-from llama import reference
+from llama import ops, reference
+from llama.benchmarks import shapes
 from llama.kernels import gemv as module
 from llama.kernels.gemv import gemv, gemv_swiglu
 from llama.kernels.swiglu import swiglu
@@ -83,12 +84,18 @@ def test_layout_changes_no_bit(rows, width, layout, seed):
     assert same_bits(gemv_swiglu(x2, a2, b2), gemv_swiglu(x, a, b))
 
 
-@given(ROWS, WIDTHS, st.lists(st.integers(1, 20), min_size=2, max_size=3), SEEDS)
+@given(ROWS, WIDTHS, st.lists(st.tuples(st.integers(0, 20), layouts), min_size=2, max_size=3), SEEDS)
 @settings(max_examples=20)
 def test_weights_side_by_side_are_read_as_each_alone(rows, width, outs, seed):
+    """Whatever the layout of each."""
     rng = np.random.default_rng(seed)
-    x, weights = normal(rng, (rows, width), torch.float16), [normal(rng, (out, width), torch.float16) for out in outs]
+    x = normal(rng, (rows, width), torch.float16)
+    weights = [laid_out(normal(rng, (out, width), torch.float16), layout) for out, layout in outs]
     assert same_bits(gemv(x, *weights), torch.cat([gemv(x, weight) for weight in weights], dim=1))
+
+
+def test_all_who_count_rows_count_as_many():
+    assert ops.MOST_ROWS == module.MOST_ROWS == shapes.FEW
 
 
 def test_nothing_gives_nothing_and_no_width_gives_zeros():
@@ -154,16 +161,41 @@ for target in ("sm_90", "sm_80"):
 """
 
 
+MIXED = """
+import torch
+from llama import static
+from llama.kernels import gemv
+x, w = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (1, 64))
+turned, far = w.new_empty(4096, 1).T, w.new_empty_strided((64, 4096), (2**31, 1))
+for weights in ((w, turned, far), (turned, far, w), (far, w, turned)):
+    built = []
+    with static.pretending(static.TARGETS["sm_90"], built):
+        gemv._gemv.launch(x, *weights, False)
+    print(len(built))
+"""
+
+
+def printed(script):
+    """By `script` in a Python without the interpreter, which knows nothing of types or machine code."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, env=kept,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    return [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels here")
+def test_weights_side_by_side_may_have_strides_of_several_types():
+    """One, whole numbers of 32 bits and of 64 are three types to the compiler."""
+    assert printed(MIXED) == [[1]] * 3
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels here")
 def test_weights_are_on_their_way_before_the_kernel_before_is_waited_for():
     """Programmatic dependent launch, in the code for Hopper: let the next kernel start, load weights, wait, load x.
 
     Only where it is asked for, and never before Hopper.
     """
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PTX], cwd=Path(__file__).parent.parent, env=kept,
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    plain, pdl, old, old_pdl = ([int(place) for place in line.split()] for line in done.stdout.splitlines())
+    plain, pdl, old, old_pdl = printed(PTX)
     for without in (plain, old, old_pdl):
         assert without[:2] == [-1, -1]
     start, wait, load, rest = pdl

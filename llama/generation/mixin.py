@@ -84,7 +84,8 @@ class Reader:
 class Run:
     """One call of `generate`, prepared: what the ways of writing share.
 
-    ids: (B, limit), of which `length` columns are written. ends: the end tokens, None for none.
+    ids: (B, limit), of which `length` columns are written. ends: the end tokens, None for none. cache_is_seen: the
+    reader's cache is the caller's, or will be.
     """
 
     model: Any
@@ -98,6 +99,7 @@ class Run:
     pad: int
     record: dict[str, list] = field(default_factory=dict)
     decoding: str = "plain"
+    cache_is_seen: bool = True
 
     @property
     def limit(self) -> int:
@@ -185,7 +187,9 @@ class GenerationMixin:
             kwargs: fields of `GenerationConfig`; `attention_mask` (B, T), `position_ids`, `inputs_embeds` (B, T, E),
                 `past_key_values` (a cache that holds the first tokens of the prompt), `tokenizer` (for `stop_strings`).
                 And `decoding`: "plain", the default; "static" takes steps of a fixed shape over a preallocated cache;
-                "graph", experimental, replays such a step as a CUDA graph; "auto" does so wherever it can.
+                "graph", experimental, replays such a step as a CUDA graph; "auto" does so wherever it can, and
+                is plain elsewhere. All but "plain" keep their buffers for the next call (`llama.decoding.release` frees
+                them), and draw on where scores are NaN, of which plain sampling raises.
 
         Returns:
             (B · num_return_sequences, length) ids, prompts included (not where `inputs_embeds` came alone); or, with
@@ -343,6 +347,7 @@ class GenerationMixin:
         )  # fmt: skip
         buffer = F.pad(ids, (0, limit - ids.shape[1]), value=pad)
         run = Run(self, config, reader, buffer, ids.shape[1], processors, criteria, ends, pad, record)
+        run.cache_is_seen = given["past_key_values"] is not None or bool(config.return_dict_in_generate)
         run.decoding = given["decoding"] or "plain"
         if run.decoding not in DECODINGS:
             raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {run.decoding!r}")
