@@ -36,6 +36,7 @@ check: has-tools tritons .venv/browser
 	$(PYTEST)
 
 # All there is to measure on a GPU, what ends in some minutes elsewhere. What fails is said, and the rest goes on.
+# With RESULTS=benchmarks/results the README's tables are those of this run.
 bench: has-tools
 	@mkdir -p $(RESULTS)
 	@$(BIN)/llama fetch $(MODEL)
@@ -44,9 +45,12 @@ bench: has-tools
 		--out $(RESULTS)
 ifeq ($(shell uname -s),Linux)
 	@echo "Compiling the kernels for an H100 that need not be there"
-	-@$(BIN)/llama bench static --target sm_90 --json > $(RESULTS)/static.jsonl
+	-@$(BIN)/llama bench static --target sm_90 --json > $(RESULTS)/static.partial
+	@if test -s $(RESULTS)/static.partial; then mv $(RESULTS)/static.partial $(RESULTS)/static.jsonl; \
+		else rm $(RESULTS)/static.partial; fi
 endif
 	@$(BIN)/llama bench report --results $(RESULTS) --results benchmarks/results --out $(RESULTS)/report.html
+	@$(if $(filter benchmarks/results,$(RESULTS)),$(BIN)/python -m benchmarks.tables,:)
 
 HAS_GPU = $(shell $(BIN)/python -c "import torch; print('yes' if torch.cuda.is_available() else '')")
 

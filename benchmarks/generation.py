@@ -5,12 +5,19 @@
 
 The tests have llama-bench's names. pp512 reads 512 tokens of every row at once, up to the choice of the first new one:
 read tokens/s, and the time to the first token. tg128 passes 128 tokens of every row through the model one by one, from
-an empty cache, each the likeliest after the one before: read tokens/s. The tokens of all rows count.
+an empty cache, each the likeliest after the one before: read tokens/s. The tokens of all rows count. "llama" and
+"transformers" are bare loops over forward; those named after a way of decoding ("llama static"), transformers-generate
+and transformers-compiled are a whole `generate`, which only writes. Every provider runs a test once before its turns,
+but a bare loop on a CPU that would take over two seconds for it.
 
 `of_floor` is how near a provider comes to what this machine allows. The floor is the longer of two times: the bytes
 that must be read (every matrix once a pass, and the cache) over the bandwidth of reading, and the operations (2 for
 each weight and token, 4 for each pair of tokens, head and width) over the rate of a square matrix product; `bound` says
-which it was. Both rates are X
+which it was. Both rates are measured in the same turns, on a GPU between two events on its stream; the tests by the
+wall clock, with the host's part, as who waits for an answer sees it.
+
+Whoever has no room for a test is left out of it and named. `error` is the largest difference of scores from ours,
+relative to the largest score; of a whole `generate`, how far its tokens lie below the likeliest.
 """
 
 import contextlib
@@ -18,8 +25,8 @@ import csv
 import importlib.util
 import io
 import json
-import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,16 +40,24 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from llama import LlamaForCausalLM, reference
+from llama import LlamaForCausalLM, decoding, reference
 from llama.checkpoints import Checkpoint, open_checkpoint
 from llama.ops import uses_triton
 from llama.verify import BUDGET
 
 from . import harness
+from .harness import Limits
 
 PROMPTS, NEW, BATCHES = (512, 4096), 128, (1, 8, 32)
-PEERS = {"transformers": ("transformers", "transformers"), "llama.cpp": ("llama_cpp", "llama-cpp-python")}
+DECODINGS = ("plain", "static", "graph")
+BY_NAME = ("transformers-generate", "transformers-compiled")  # only where they are asked for
+PEERS = {
+    "transformers": ("transformers", "transformers"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+    **dict.fromkeys(BY_NAME, ("transformers", "transformers")),
+}
 LONG = 10.0  # seconds: a turn on a CPU that would take longer runs only when it is asked for
+WARM = 2.0  # seconds: a turn on a CPU that would take longer is not run once more, untimed, before
 CHECKED = 8  # steps with the cache, after a prompt of as many tokens, before anything is timed
 LLAMA_CPP_BUDGET = 0.25  # it rounds activations to 8 bits where weights are quantised: SmolLM2 in Q4_1 shows 0.11
 
@@ -62,6 +77,9 @@ class Model(Protocol):
     def step(self, tokens: Any) -> Any:
         """Read one more token of each row, (B, 1); the scores (B, V) of the next."""
 
+    def forget(self) -> None:
+        """Give up the memory of what was read."""
+
 
 class TorchModel:
     """Ours or transformers': both are called alike."""
@@ -77,9 +95,12 @@ class TorchModel:
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.model.parameters())
 
+    def forget(self) -> None:
+        self._cache = None
+
     @torch.inference_mode()
     def start(self, ids: np.ndarray) -> torch.Tensor:
-        self._cache = None
+        self.forget()
         return self.step(torch.as_tensor(ids, device=self.model.device))
 
     @torch.inference_mode()
@@ -87,6 +108,29 @@ class TorchModel:
         out = self.model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = out.past_key_values
         return out.logits[:, -1]
+
+
+class Generator(TorchModel):
+    """A whole `generate`, ours or transformers', which takes the likeliest token and stops at none. It only writes."""
+
+    def __init__(self, name: str, model: Any, backend: str, **options: Any):
+        super().__init__(name, model)
+        self.backend, self.options = backend, options
+
+    def write(self, ids: np.ndarray, new: int) -> torch.Tensor:
+        """The (B, new) tokens after (B, T) ids."""
+        kind = type(self.model.generation_config)
+        before, self.model.generation_config = self.model.generation_config, kind(pad_token_id=0)  # without end tokens
+        try:
+            prompt = torch.as_tensor(ids, device=self.model.device)
+            return self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
+                                       do_sample=False, **self.options)[:, ids.shape[1] :]  # fmt: skip
+        finally:
+            self.model.generation_config = before
+
+    def forget(self) -> None:
+        if self.name not in PEERS:
+            decoding.release(self.model)
 
 
 class ReferenceModel:
@@ -97,8 +141,11 @@ class ReferenceModel:
     def __init__(self, place: Path):
         self.params, self.config = reference.load(place)
 
-    def start(self, ids: np.ndarray) -> np.ndarray:
+    def forget(self) -> None:
         self._cache = reference.KVCache(self.config.num_hidden_layers)
+
+    def start(self, ids: np.ndarray) -> np.ndarray:
+        self.forget()
         return self.step(ids)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
@@ -117,8 +164,11 @@ class LlamaCpp:
         self.model = llama_cpp.Llama(str(path), n_ctx=room, n_batch=512, n_threads=threads, verbose=False,
                                      n_threads_batch=threads, n_gpu_layers=-1 if gpu else 0)  # fmt: skip
 
-    def start(self, ids: np.ndarray) -> np.ndarray:
+    def forget(self) -> None:
         self.model.reset()
+
+    def start(self, ids: np.ndarray) -> np.ndarray:
+        self.forget()
         return self.step(ids)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
@@ -175,10 +225,14 @@ class Test(NamedTuple):
         return self.passes * self.tokens
 
     def run(self, model: Model, ids: np.ndarray) -> None:
-        """Read the first tokens of `ids` (B, T), and go on with the likeliest."""
+        """Read the first tokens of `ids` (B, T), and go on with the likeliest; then forget it all."""
+        if isinstance(model, Generator):
+            model.write(ids[: self.batch, : self.tokens], self.passes)
+            return
         tokens = model.start(ids[: self.batch, : self.tokens]).argmax(-1)
         for _ in range(self.passes - 1):
             tokens = model.step(tokens[:, None]).argmax(-1)
+        model.forget()
 
     def demands(self, config: reference.Config, element: float) -> tuple[float, int]:
         """The bytes that must be read and the operations that must be done, with numbers of `element` bytes."""
@@ -193,29 +247,17 @@ class Test(NamedTuple):
         return size, work
 
 
-class Limits(NamedTuple):
-    """What the machine can do at best: bytes read and operations of a matrix product, each in a second."""
-
-    bandwidth: float
-    rate: float
-
-    def floor(self, demands: tuple[float, int]) -> tuple[float, str]:
-        """The seconds without which it cannot be done, and what binds."""
-        return max((demands[0] / self.bandwidth, "memory"), (demands[1] / self.rate, "arithmetic"))
-
-
 def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
     """Functions that give the bandwidth of reading (bytes/s) and the rate of a product (operations/s)."""
-    n = 8192 if machine.is_gpu else 1024
-    words = torch.zeros(2**28 if machine.is_gpu else 2**26, device=machine.device)  # passes every cache
-    left, right = torch.randn(2, n, n, device=machine.device).to(dtype)
-    read, multiply = machine.seconds(words.sum), machine.seconds(lambda: left @ right)
-    return {"bandwidth": lambda: words.nbytes / read(), "rate": lambda: 2 * n**3 / multiply()}
+    clock = harness.CudaClock() if machine.is_gpu else harness.Clock(machine.clock)
+    reading, multiplying = harness.reading(machine.device, clock), harness.multiplying(machine.device, dtype, clock)
+    return {"bandwidth": reading, "rate": multiplying}
 
 
 def chosen(asked_prompts: Sequence[int] | None, new: int, asked_batches: Sequence[int] | None, config: reference.Config,
            element: int, machine: Machine, limit: Limits) -> tuple[list[Test], list[Test]]:  # fmt: skip
-    """The tests to run, and those left out: by default, on a CPU, what takes longer than LONG a turn."""
+    """The tests to run, and those left out: of the default ones those that are too long for the model, and on a CPU
+    those that take longer than LONG a turn."""
     asked = asked_prompts is not None and asked_batches is not None
     tests = [Test(batch, 1, tokens) for tokens, batch in product(asked_prompts or PROMPTS, asked_batches or BATCHES)]
     tests += [Test(batch, new, 1) for batch in asked_batches or BATCHES] if new else []
@@ -225,10 +267,10 @@ def chosen(asked_prompts: Sequence[int] | None, new: int, asked_batches: Sequenc
         raise ValueError(f"{refused[0]} is longer than the {most} tokens this model was made for; ask for fewer")
     tests = [test for test in tests if test not in over]
     if asked or machine.is_gpu:
-        return tests, []
+        return tests, over
     least = Test(min(asked_batches or BATCHES), new, 1)  # one test runs in any case
     short = [t for t in tests if t == least or limit.floor(t.demands(config, element))[0] <= LONG]
-    return short, [test for test in tests if test not in short]
+    return short, over + [test for test in tests if test not in short]
 
 
 def load(name: str, place: Path, backend: str, dtype: str | torch.dtype | None, machine: Machine, room: int) -> Model:
@@ -246,17 +288,32 @@ def load(name: str, place: Path, backend: str, dtype: str | torch.dtype | None, 
         with torch.inference_mode():
             ours.backend = "triton" if uses_triton(backend, next(ours.model.parameters())) else "torch"
         return ours
+    if name.startswith("llama "):  # decoding in one of its ways
+        model = LlamaForCausalLM.from_pretrained(place, dtype=dtype, device=machine.device, backend=backend)
+        return generator(name, model, backend)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
-    return TorchModel(name, model.to(machine.device))  # type: ignore[arg-type]
+    model = model.to(machine.device)  # type: ignore[arg-type]
+    return generator(name, model, "torch") if name in BY_NAME else TorchModel(name, model)
+
+
+def generator(name: str, model: Any, backend: str) -> Generator:
+    """One that writes with the `generate` of a model that is there: "llama static", "transformers-generate" ..."""
+    if name == "transformers-compiled":
+        import transformers
+
+        how = transformers.CompileConfig(dynamic=False)  # each batch gets code of its own
+        how._compile_all_devices = True  # type: ignore[assignment]  # else on a GPU alone
+        return Generator(name, model, backend, cache_implementation="static", compile_config=how)
+    return Generator(name, model, backend, **({} if name in PEERS else {"decoding": name.removeprefix("llama ")}))
 
 
 def place_for(name: str, checkpoint: Checkpoint, dtype: torch.dtype, stack: contextlib.ExitStack) -> Path:
     """Where a provider finds the model: transformers gets what it reads otherwise, or not at all, in its own layout."""
-    if name != "transformers" or (checkpoint.path / "config.json").exists():
+    if not name.startswith("transformers") or (checkpoint.path / "config.json").exists():
         return checkpoint.path
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     LlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype).save_pretrained(folder)
@@ -267,30 +324,49 @@ def check(models: Sequence[Model], ids: np.ndarray) -> dict[str, float]:
     """The largest difference of each model's scores from the first one's, relative to the largest score.
 
     All read the same prompt, and with their caches the same tokens after it: those that the first finds likeliest.
+    Whoever only writes continues the prompt; what counts is how far the first finds those tokens below its likeliest.
 
     Raises:
         ValueError: one lies beyond its budget.
     """
     errors = dict.fromkeys((model.name for model in models[1:]), 0.0)
-    first, *others = models
+    first = models[0]
+    others = [model for model in models[1:] if not isinstance(model, Generator)]
     prompt = ids[:1, :CHECKED]
     tokens: Any = None
+
+    def note(model: Model, error: float, length: int) -> None:
+        errors[model.name] = max(error if error == error else np.inf, errors[model.name])
+        budget = max(model.budget, first.budget)
+        if errors[model.name] > budget:
+            raise ValueError(
+                f"{first.name} ({first.backend}) and {model.name} do not compute the same: after {length} "
+                f"tokens their scores differ by {error:.2g} of the largest, and {budget:g} is allowed. "
+                "Nothing was timed"
+            )
+
     expected = _array(first.start(prompt))
     found = [_array(model.start(prompt)) for model in others]
     for step in range(CHECKED):
         for model, scores in zip(others, found, strict=True):
-            error = float(np.abs(scores - expected).max() / np.abs(expected).max())
-            errors[model.name] = max(error if error == error else np.inf, errors[model.name])
-            budget = max(model.budget, first.budget)
-            if errors[model.name] > budget:
-                raise ValueError(
-                    f"{first.name} ({first.backend}) and {model.name} do not compute the same: after {CHECKED + step} "
-                    f"tokens their scores differ by {error:.2g} of the largest, and {budget:g} is allowed. "
-                    "Nothing was timed"
-                )
+            note(model, float(np.abs(scores - expected).max() / np.abs(expected).max()), CHECKED + step)
         tokens = expected.argmax(-1)[:, None]
         expected = _array(first.step(_like(first, tokens)))
         found = [_array(model.step(_like(model, tokens))) for model in others]
+    for model in models:
+        if isinstance(model, Generator):
+            try:
+                written = model.write(prompt, CHECKED).cpu().numpy()
+            except RuntimeError as refused:  # of a compiler, or a capture
+                words = (str(refused).strip().splitlines() or [type(refused).__name__])[0]
+                raise ValueError(f"{model.name} does not run here, leave it out: {words[:300]}") from refused
+            expected = _array(first.start(prompt))
+            for step in range(CHECKED):
+                below = expected.max() - expected[0, written[0, step]]
+                note(model, float(below / np.abs(expected).max()), CHECKED + step)
+                expected = _array(first.step(_like(first, written[:, step : step + 1])))
+    for model in models:
+        model.forget()
     return errors
 
 
@@ -311,22 +387,32 @@ def peers_for(asked: Sequence[str] | None, checkpoint: Checkpoint) -> list[str]:
     installed = [name for name, (module, _) in PEERS.items() if importlib.util.find_spec(module)]
     is_gguf = checkpoint.path.suffix.lower() == ".gguf"
     if asked is None:
-        return [name for name in installed if name != "llama.cpp" or is_gguf]
+        return [name for name in installed if name not in BY_NAME and (name != "llama.cpp" or is_gguf)]
+    harness.known("peer", asked, PEERS)
     for name in asked:
-        if name not in PEERS:
-            raise ValueError(f"no peer is called {name!r}; there are {', '.join(PEERS)}")
         if name not in installed:
             there = f"; installed: {', '.join(installed)}" if installed else ""
-            raise ValueError(f"{name} is not installed: pip install {PEERS[name][1]}{there}")
+            raise harness.NotHere(f"{name} is not installed: pip install {PEERS[name][1]}{there}")
         if name == "llama.cpp" and not is_gguf:
             raise ValueError(f"llama.cpp reads .gguf files, and {checkpoint.path} is none; leave it out of --peers")
     return list(dict.fromkeys(asked))
+
+
+def ways(asked: Sequence[str], backend: str, machine: Machine) -> list[str]:
+    """Our own `generate` as providers, one for each way of decoding that was asked for."""
+    harness.known("decoding", asked, DECODINGS)
+    if asked and backend == "reference":
+        raise ValueError("the reference has one way of decoding: leave --decoding out")
+    if "graph" in asked and not machine.is_gpu:
+        raise harness.NotHere("--decoding graph needs a GPU; static takes the same steps on any device")
+    return [f"llama {name}" for name in dict.fromkeys(asked)]
 
 
 def benchmark(
     where: str,
     backend: str = "auto",
     peers: Sequence[str] | None = None,
+    decodings: Sequence[str] = (),
     prompts: Sequence[int] | None = None,
     new: int = NEW,
     batches: Sequence[int] | None = None,
@@ -340,8 +426,9 @@ def benchmark(
 ) -> Iterator[dict[str, Any]]:
     """The rows of every test and provider, each as soon as it is measured. `say` gets what a reader should know."""
     checkpoint = open_checkpoint(where)
-    names = ["llama", *peers_for(peers, checkpoint)]
-    machine = Machine(device_for(device), threads or torch.get_num_threads(), clock)
+    rivals = peers_for(peers, checkpoint)
+    machine = Machine(harness.device_for(device), threads or torch.get_num_threads(), clock)
+    names = ["llama", *ways(decodings, backend, machine), *rivals]
     if not machine.is_gpu:
         say("No GPU is used: these are a CPU's figures, and no Triton kernel ran.")
     if backend == "reference" and (machine.is_gpu or dtype not in ("auto", "float32")):
@@ -354,25 +441,47 @@ def benchmark(
         models = [load("llama", checkpoint.path, backend, dtype, machine, room)]
         number = getattr(torch, models[0].dtype)
         places = {name: place_for(name, checkpoint, number, stack) for name in names}
-        models += [load(name, places[name], backend, number, machine, room) for name in names[1:]]
+        for name in names[1:]:
+            models.append(beside(name, models) or load(name, places[name], backend, number, machine, room))
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (max(batches or BATCHES), room))
         errors = check(models, ids)  # warms up, too
         best = limits(machine, number)
         known = Limits(*(max(values) for values in harness.take_turns(best, 3).values()))
         tests, left_out = chosen(prompts, new, batches, config, number.itemsize, machine, known)
-        if left_out:
-            long = ", ".join(f"{test.name} of {test.batch}" for test in left_out)
-            say(f"Left out, for a turn takes over {LONG:.0f} s here: {long}. --prompt and --batch together ask for it.")
+        most = config.max_position_embeddings
+        for why, some in (
+            (f"the model was made for {most} tokens", [test for test in left_out if test.length > most]),
+            (f"a turn takes over {LONG:.0f} s here", [test for test in left_out if test.length <= most]),
+        ):
+            if some:
+                long = ", ".join(f"{test.name} of {test.batch}" for test in some)
+                asking = "" if some[0].length > most else " --prompt and --batch together ask for it."
+                say(f"Left out, for {why}: {long}.{asking}")
         for test in tests:
             able = [model for model in models if test.batch == 1 or not isinstance(model, LlamaCpp)]
             if len(able) < len(models):
                 say(f"{test.name} of {test.batch}: llama.cpp is left out, for its binding reads one text at a time.")
-            peaks = {model.name: peak(model, test, ids, places[model.name], backend, machine)
+            able = [model for model in able if test.writes or not isinstance(model, Generator)]
+            out: list[str] = []  # whoever had no room
+            run = partial(attempt, out)
+            quick = machine.is_gpu or known.floor(test.demands(config, number.itemsize))[0] <= WARM
+            if not quick:
+                say(f"{test.name} of {test.batch}: forward is not warmed up, for a turn takes over {WARM:.0f} s here.")
+            peaks = {model.name: run(model, partial(peak, model, test, ids, places[model.name], backend, machine))
                      for model in able if memory}  # fmt: skip
-            turns = {model.name: machine.seconds(partial(test.run, model, ids)) for model in able}
+            for model in able:  # after the peaks, before which everything is given up, recordings too
+                if quick or isinstance(model, Generator):  # which may have to compile, or to record
+                    run(model, partial(test.run, model, ids))
+            turns = {model.name: partial(run, model, machine.seconds(partial(test.run, model, ids)))
+                     for model in able if model.name not in out}  # fmt: skip
             measured = harness.take_turns(best | turns, runs)
+            for model in models:
+                model.forget()
+            for name in out:
+                say(f"{test.name} of {test.batch}: {name} is left out, for it is out of memory.")
+            able = [model for model in able if model.name not in out]
             limit = Limits(max(measured["bandwidth"]), max(measured["rate"]))
-            ours = statistics.median(measured["llama"])
+            ours = None if "llama" in out else statistics.median(measured["llama"])
             for model in able:
                 floor, bound = limit.floor(test.demands(config, model.element))
                 yield {
@@ -386,11 +495,35 @@ def benchmark(
                     "runs": runs,
                     **figures(test, measured[model.name], ours, floor),
                     "bound": bound,
-                    "read_bandwidth_gbps": digits(limit.bandwidth / 1e9),
-                    "product_tflops": digits(limit.rate / 1e12),
+                    "read_bandwidth_gbps": harness.digits(limit.bandwidth / 1e9),
+                    "product_tflops": harness.digits(limit.rate / 1e12),
                     "peak_memory_mb": peaks.get(model.name),
                     "error": errors.get(model.name),
                 }
+
+
+def beside(name: str, models: Sequence[Model]) -> Generator | None:
+    """Whoever writes with the `generate` of a model that is loaded already; None where it is not, or it does not."""
+    if name not in BY_NAME and not name.startswith("llama "):
+        return None
+    base = "transformers" if name in BY_NAME else "llama"
+    loaded = [model for model in models if isinstance(model, TorchModel) and model.name.startswith(base)]
+    return generator(name, loaded[0].model, loaded[0].backend) if loaded else None
+
+
+def attempt(out: list[str], model: Model, work: Callable[[], Any]) -> Any:
+    """`work()`; where there is no room for it, the model goes into `out`, and does nothing more."""
+    if model.name in out:
+        return None
+    try:
+        return work()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as refused:
+        if type(refused) is RuntimeError and "allocate memory" not in str(refused):
+            raise
+        out.append(model.name)
+        model.forget()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    return None
 
 
 @contextlib.contextmanager
@@ -405,44 +538,34 @@ def using(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def figures(test: Test, seconds: list[float], ours: float, floor: float) -> dict[str, Any]:
-    """What the turns of one provider say. `ratio` is its median time over `ours`: above 1 we are faster."""
+def figures(test: Test, seconds: list[float], ours: float | None, floor: float) -> dict[str, Any]:
+    """What the turns of one provider say. `ratio` is its median time over `ours`: above 1 we are faster;
+    None where there is no time of ours."""
     spread, tokens = harness.spread(seconds), test.batch * test.length
     median = spread["median"]
     slow_to_fast = (("median", median), ("p10", spread["p90"]), ("p90", spread["p10"]))
     return {
-        "tokens_per_s": {name: digits(tokens / second) for name, second in slow_to_fast},
-        "ratio": round(median / ours, 3),
-        "of_floor": round(floor / median, 3),
-        "time_to_first_token_ms": None if test.writes else digits(1e3 * median),
+        "tokens_per_s": {name: harness.digits(tokens / second) for name, second in slow_to_fast},
+        "ratio": None if ours is None else harness.digits(median / ours),
+        "of_floor": harness.digits(floor / median),
+        "time_to_first_token_ms": None if test.writes else harness.digits(1e3 * median),
     }
-
-
-def digits(value: float) -> float:
-    """Five digits of it."""
-    return float(f"{value:.5g}")
-
-
-def device_for(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked != "cpu" and not re.fullmatch(r"cuda(:\d+)?", asked):
-        raise ValueError(f"no device is called {asked!r}; there are auto, cpu, cuda and cuda:1, cuda:2 ...")
-    if asked != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"PyTorch sees no GPU, and --device {asked} asks for one; figures of a GPU need a GPU")
-    return torch.device(asked)
 
 
 def peak(model: Model, test: Test, ids: np.ndarray, place: Path, backend: str, machine: Machine) -> int | None:
     """Megabytes: on a GPU the model's weights and the most that a test allocates beyond what was there; on a CPU the
-    most that a process needs which loads this one provider and runs the test once."""
+    most that a process needs which loads this one provider and runs the test once; None where it has no room."""
     if not machine.is_gpu:
         code = f"import sys, json; from {__name__} import alone; alone(**json.loads(sys.argv[1]))"
         what = {"name": model.name, "place": str(place), "backend": backend, "dtype": model.dtype,
                 "threads": machine.threads, "test": list(test)}  # fmt: skip
-        return round(harness.peak_memory([sys.executable, "-c", code, json.dumps(what)]) / 1e6)
+        try:
+            return round(harness.peak_memory([sys.executable, "-c", code, json.dumps(what)]) / 1e6)
+        except subprocess.CalledProcessError:
+            return None
     if not isinstance(model, TorchModel):
         return None
+    model.forget()
     torch.cuda.reset_peak_memory_stats(machine.device)
     before = torch.cuda.memory_allocated(machine.device)
     test.run(model, ids)
@@ -467,7 +590,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "dtype": lambda row: row["dtype"],
     "tokens/s": lambda row: f"{row['tokens_per_s']['median']:.5g}",
     "p10 - p90": lambda row: f"{row['tokens_per_s']['p10']:.4g} - {row['tokens_per_s']['p90']:.4g}",
-    "theirs / ours": lambda row: f"{row['ratio']:.2f}",
+    "theirs / ours": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}",
     "of floor": lambda row: f"{row['of_floor']:.0%} ({row['bound']})",
     "peak MB": lambda row: "" if row["peak_memory_mb"] is None else str(row["peak_memory_mb"]),
     "first token, ms": lambda row: "" if (t := row["time_to_first_token_ms"]) is None else f"{t:.5g}",
@@ -479,7 +602,8 @@ def markdown(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """A table of Markdown, line by line as the rows come."""
     for place, one in enumerate(rows):
         if place == 0:
-            yield "| " + " | ".join(name.ljust(width) for name, width in zip(COLUMNS, WIDTHS, strict=True)) + " |"
+            names = [" - ".join(harness.between(one["runs"])) if name == "p10 - p90" else name for name in COLUMNS]
+            yield "| " + " | ".join(name.ljust(width) for name, width in zip(names, WIDTHS, strict=True)) + " |"
             yield "|" + "|".join("-" * (width + 2) for width in WIDTHS) + "|"
         cells = (cell(one).ljust(width) for cell, width in zip(COLUMNS.values(), WIDTHS, strict=True))
         yield "| " + " | ".join(cells) + " |"

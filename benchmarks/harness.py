@@ -8,18 +8,63 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "torch", "triton", "transformers", "liger-kernel", "flash-attn", "llama-cpp-python")
+ENOUGH = 7  # values that have a tenth percentile beside their smallest
+
+
+class NotHere(ValueError):
+    """Something was asked for by a name that nothing has here."""
+
+
+def known(kind: str, names: Iterable[str], there: Iterable[str]) -> None:
+    """Refuse a name that is none of those that are there, and say them.
+
+    Raises:
+        NotHere: a name.
+    """
+    there = list(there)
+    for name in names:
+        if name not in there:
+            near = get_close_matches(name, there, 1)
+            perhaps = f"; did you mean {near[0]}? There" if near else "; there"
+            raise NotHere(f"no {kind} is called {name!r}{perhaps} are {', '.join(there)}")
+
+
+def device_for(asked: str) -> "torch.device":
+    """The device of that name, a GPU as the current one; "auto" is a GPU if there is one.
+
+    Raises:
+        NotHere: there is no such device.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = ("cuda" if count else "cpu") if asked == "auto" else asked
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not found:
+        raise NotHere(f"no device is called {asked!r}; there are auto, cpu, cuda and cuda:1, cuda:2 ...")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not count:
+        raise NotHere(f"PyTorch sees no GPU, and --device {asked} asks for one; figures of a GPU need a GPU")
+    if int(found[1] or 0) >= count:
+        raise NotHere(f"no device is called {asked!r}; there are {', '.join(f'cuda:{i}' for i in range(count))}")
+    device = torch.device(name)
+    torch.cuda.set_device(device)
+    return device
 
 
 class Clock:
@@ -37,16 +82,17 @@ class Clock:
         call()
         return self._now() - start
 
-    def repeated(self, call: Callable[[], object], times: int) -> Callable[[], object]:
-        """`call`, as often, in one launch."""
+    def repeated(self, call: Callable[[], object], times: int) -> Callable[[], object] | None:
+        """`call`, as often, in one launch; None where it cannot be recorded."""
         return lambda: [call() for _ in range(times)]
 
 
 class CudaClock(Clock):
-    """Measures a call on a GPU: between two events on its stream, so that the host's part does not count.
+    """Measures a call on a GPU: between two events on its stream.
 
     A pause goes before the first event. While the GPU sleeps the host gets ahead of it, and a call of several kernels
-    finds all of them waiting.
+    finds all of them waiting: the host's part does not count. It does where the host takes longer than the pause, and
+    where a call waits for the GPU in its middle.
     """
 
     graphs = True
@@ -64,8 +110,9 @@ class CudaClock(Clock):
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def repeated(self, call: Callable[[], object], times: int) -> Callable[[], object]:
-        """A CUDA graph of `call`, `times` over; replaying it costs one launch."""
+    def repeated(self, call: Callable[[], object], times: int) -> Callable[[], object] | None:
+        """A CUDA graph of `call`, `times` over; replaying it costs one launch. None where `call` waits for the GPU:
+        that ends a capture, and what comes after a capture that ended so cannot be trusted."""
         import torch
 
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -73,7 +120,17 @@ class CudaClock(Clock):
         with torch.cuda.stream(stream):  # what is set up at the first calls may not be set up in a capture
             for _ in range(3):
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+            before = torch.cuda.get_sync_debug_mode()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it calls itself a prototype
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                call()
+            except RuntimeError:
+                return None
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
             for _ in range(times):
                 call()
@@ -82,6 +139,48 @@ class CudaClock(Clock):
 
 def clock(device: "torch.device") -> Clock:
     return CudaClock() if device.type == "cuda" else Clock()
+
+
+class Limits(NamedTuple):
+    """What the machine can do at best: bytes moved and operations of a matrix product, each in a second."""
+
+    bandwidth: float
+    rate: float
+
+    def floor(self, demands: tuple[float, float]) -> tuple[float, str]:
+        """The seconds without which it cannot be done, and what binds."""
+        return max((demands[0] / self.bandwidth, "memory"), (demands[1] / self.rate, "arithmetic"))
+
+
+def reading(device: "torch.device", clock: Clock) -> Callable[[], float]:
+    """A function that gives the bytes/s of reading: a sum over a gigabyte (CPU: a quarter), past every cache."""
+    import torch
+
+    words = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    return _rate(clock, words.sum, words.nbytes)
+
+
+def copying(device: "torch.device", clock: Clock) -> Callable[[], float]:
+    """A function that gives the bytes/s of copying half a gigabyte (CPU: an eighth), read and written ones."""
+    import torch
+
+    source = torch.ones(2**29 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _rate(clock, lambda: target.copy_(source), 2 * source.nbytes)
+
+
+def multiplying(device: "torch.device", dtype: "torch.dtype", clock: Clock) -> Callable[[], float]:
+    """A function that gives the FLOP/s of a square product."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    return _rate(clock, lambda: left @ right, 2 * size**3)
+
+
+def _rate(clock: Clock, call: Callable[[], object], amount: float) -> Callable[[], float]:
+    call()
+    return lambda: amount / clock(call)
 
 
 def take_turns(rivals: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
@@ -97,10 +196,25 @@ def take_turns(rivals: Mapping[str, Callable[[], float]], runs: int) -> dict[str
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, the 10th and 90th percentile (of few values the nearest one), and the smallest."""
+    """The median, the 10th and 90th percentile (of fewer than ENOUGH the ends), and the smallest."""
     ordered = sorted(values)
     tenth = round(0.1 * (len(ordered) - 1))
     return {"median": statistics.median(ordered), "p10": ordered[tenth], "p90": ordered[-1 - tenth], "best": ordered[0]}
+
+
+def between(runs: int) -> tuple[str, str]:
+    """What "p10" and "p90" of so many values are."""
+    return ("p10", "p90") if runs >= ENOUGH else ("min", "max")
+
+
+def digits(value: float, count: int = 5) -> float:
+    """So many digits of it."""
+    return float(f"{value:.{count}g}")
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 shape", "2 shapes"."""
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def row(what: str, unit: str, measured: dict[str, list[float]], best: Callable = min, **more: object) -> dict:
@@ -142,16 +256,22 @@ def device() -> str:
 
 def slug(name: str) -> str:
     """A device's name for a folder: "NVIDIA H100 80GB HBM3" is h100, "AMD EPYC, 2 cores, AVX-512" epyc-2-cores."""
-    name, _, cores = re.sub(r"\((R|TM|C)\)", "", name, flags=re.IGNORECASE).partition(",")
-    words = re.findall(r"[a-z0-9.]+", name.lower())
-    words = [word for word in words if word not in ("nvidia", "amd", "intel", "geforce", "cpu", "processor", "pcie")]
-    model = next((place for place, word in enumerate(words) if re.search(r"\d", word)), len(words) - 1)
+    name, _, cores = re.sub(r"\((R|TM|C)\)|\b\d+th gen\b", "", name, flags=re.IGNORECASE).partition(",")
+    words = re.findall(r"[a-z0-9.]+", re.sub(r"\b(i\d)-", r"\1 ", name.lower()))
+    words = [word for word in words if word not in ("nvidia", "amd", "intel", "geforce", "cpu", "processor")]
+    places = [place for place, word in enumerate(words) if re.search(r"\d{3}|[a-z]\d", word)]
+    places = [place for place in places if not re.fullmatch(r"i\d|\d+gb|.*ghz", words[place])]
+    model = places[0] if places else len(words) - 1
+    form = [word for word in words[model + 1 :] if re.match(r"pcie|sxm|nvl", word)]
     count = re.match(r"\s*(\d+) cores", cores)
-    return "-".join([*(words[: model + 1] or ["device"]), *([count[1], "cores"] if count else [])])
+    return "-".join([*(words[: model + 1] or ["device"]), *form, *([count[1], "cores"] if count else [])])
 
 
 def header(command: str, gpu: bool = False, **more: Any) -> dict[str, Any]:
-    """The first line of a file of results: what was run, when, and on what. `gpu`: the current one, not the CPU."""
+    """The first line of a file of results: what was run, when, and on what. `gpu`: the current one, not the CPU.
+
+    Clocks are those of now; ask while or right after something runs.
+    """
     facts: dict[str, Any] = {"device": device(), "driver": None, "clocks": _cpu_clock()}
     if gpu:
         import torch
@@ -174,8 +294,13 @@ def _cpu_clock() -> str | None:
 
 def _nvidia(index: int) -> dict[str, str | None]:
     """The driver, and the clocks at hand, in words; None where there is no nvidia-smi to ask."""
+    import torch
+
+    # nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES; both know the UUID
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    which = f"GPU-{uuid}" if uuid else str(index)
     asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={asked}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={asked}", "--format=csv,noheader"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         driver, now, most, memory, power = (part.strip() for part in out.strip().split(","))

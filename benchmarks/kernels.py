@@ -14,7 +14,8 @@ The method: every provider is first held against the reference in float64, and a
 disagrees is reported and not timed. Providers take turns. On a GPU two events are around the call, and before it a
 buffer of twice the last cache is written over: `cache` is cold. Shapes so small that launching would be what is
 measured run twenty times in a CUDA graph instead: `graph` is true, `cache` is warm, and `of_limit` counts bytes that
-may never have left the cache. `ratio` is a provider's median over ours: above 1 we are faster.
+may never have left the cache. Whoever waits for the GPU in its call cannot be in a graph; it is timed as large shapes
+are. `ratio` is a provider's median over ours, where both are timed alike: above 1 we are faster.
 
 Without a GPU the kernels do not run. Then the first provider is our PyTorch path, the shapes are few and small, and
 torch.compile, which builds for seconds at every shape, is there only by name.
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama import ops
+from llama.ops import check_backend
 
 from . import harness, shapes
 from .harness import Clock
@@ -40,43 +41,34 @@ NO_GPU = "no GPU: the Triton kernels did not run; this is the PyTorch path"
 AGREES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
 LAUNCH_BOUND = 10e-6  # seconds at the limit, below which a GPU runs a graph
 IN_A_GRAPH = 20
-TURNS, SECONDS = (5, 30), 0.5  # how often each provider is measured, and for how long all together
+_short = partial(harness.digits, count=4)
+TURNS, SECONDS = (harness.ENOUGH, 30), 0.5  # how often each provider is measured, and for how long all together
 
 
-class Limits(NamedTuple):
-    """What the device allows: bytes/s of a copy, FLOP/s of a product by dtype."""
-
-    copy: float
-    product: dict[str, float]
-
-    def seconds(self, case: Case) -> tuple[float, str]:
-        """The least time for a case, and what binds: "bytes" or "flops"."""
-        by_bytes, by_flops = case.moved / self.copy, 0.0
-        if shapes.COSTS[case.op].products:
-            by_flops = case.flops / self.product[case.dtype]
-        return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
+Limits = Mapping[str, harness.Limits]  # by dtype
 
 
+def floor(case: Case, limits: Limits) -> tuple[float, str]:
+    """The least time for a case, and what binds: "memory" or "arithmetic", which counts where there are products."""
+    work = case.flops if shapes.COSTS[case.op].products else 0
+    return limits[case.dtype].floor((case.moved, work))
+
+
+@torch.no_grad()
 def measure_limits(dtypes: Sequence[str], device: torch.device, clock: Clock) -> Limits:
-    """The best of ten copies of half a gigabyte (CPU: an eighth), and of ten square products.
+    """The best of ten copies, and of ten square products.
 
     A dtype in which the device multiplies slower than in float32 has float32's limit: one may compute in that.
     """
-    gpu = device.type == "cuda"
-    source = torch.ones(2**29 if gpu else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / _best(clock, lambda: target.copy_(source))
-    size = 8192 if gpu else 1024
-    matrix, product = torch.randn(size, size, device=device), {}
+    product = {}
     for dtype in ("float32", *dtypes):
-        a = matrix.to(getattr(torch, dtype))
-        product[dtype] = 2 * size**3 / _best(clock, lambda a=a: a @ a)  # type: ignore[misc]
-    return Limits(copy, {dtype: max(product[dtype], product["float32"]) for dtype in dtypes})
+        product[dtype] = _best(harness.multiplying(device, getattr(torch, dtype), clock))
+    copy = _best(harness.copying(device, clock))
+    return {dtype: harness.Limits(copy, max(product[dtype], product["float32"])) for dtype in dtypes}
 
 
-def _best(clock: Clock, call: Callable[[], object]) -> float:
-    call()
-    return min(clock(call) for _ in range(10))
+def _best(rate: Callable[[], float]) -> float:
+    return max(rate() for _ in range(10))
 
 
 def flusher(device: torch.device) -> Callable[[], object]:
@@ -101,6 +93,7 @@ class Left(NamedTuple):
         return f"    {self.provider:15}{'WRONG' if self.wrong else 'left out'}: {self.reason}"
 
 
+@torch.no_grad()
 def measure(
     case: Case, calls: Mapping[str, Callable[[], Any]], given: Inputs, limits: Limits, clock: Clock,
     flush: Callable[[], object],
@@ -124,20 +117,22 @@ def measure(
             first = [result.clone() for result in results]
         agreed[name] = call
         del results
-    least, binds = limits.seconds(case)
-    graph = clock.graphs and least < LAUNCH_BOUND
-    ready = {}
+    least, binds = floor(case, limits)
+    wanted = clock.graphs and least < LAUNCH_BOUND
+    turns, graphs = {}, {}
     for name, call in agreed.items():
         try:
-            ready[name] = clock.repeated(call, IN_A_GRAPH) if graph else call
-            clock(ready[name])
+            replay = clock.repeated(call, IN_A_GRAPH) if wanted else None
+            graphs[name] = replay is not None
+            before, times = ((lambda: None), IN_A_GRAPH) if replay else (flush, 1)
+            turns[name] = partial(_turn, clock, replay or call, before, times)
+            turns[name]()
         except Exception as refused:
+            turns.pop(name, None)
             yield Left(case, name, reason(refused))
-    if not ready:
+    if not turns:
         return
-    before, times = ((lambda: None), IN_A_GRAPH) if graph else (flush, 1)
-    turns = {name: (lambda call=call: clock(call, before) / times) for name, call in ready.items()}
-    once = sum(times * turn() for turn in turns.values())
+    once = sum((IN_A_GRAPH if graphs[name] else 1) * turn() for name, turn in turns.items())
     runs = max(TURNS[0], min(TURNS[1], int(SECONDS / max(once, 1e-9))))
     seconds = harness.take_turns(turns, runs)
     ours: float | None = None
@@ -145,16 +140,20 @@ def measure(
         spread = harness.spread(values)
         if ours is None and name == next(iter(calls)):
             ours = spread["median"]
-        rate = {"gbps": case.moved / 1e9} if binds == "bytes" else {"tflops": case.flops / 1e12}
+        rate = {"gbps": case.moved / 1e9} if binds == "memory" else {"tflops": case.flops / 1e12}
         yield {
             "op": case.op, "model": case.model, "shape": case.shape, "dtype": case.dtype, "provider": name,
             **{f"{key}_us": _short(1e6 * value) for key, value in spread.items()},
             "bytes": case.moved, "flops": case.flops,
             **{key: _short(value / spread["median"]) for key, value in rate.items()},
             "of_limit": _short(least / spread["median"]), "error": _short(errors[name]),
-            "ratio": None if ours is None else _short(spread["median"] / ours),
-            "cache": "warm" if graph else "cold", "graph": graph, "runs": runs,
+            "ratio": _short(spread["median"] / ours) if ours and graphs[name] == graphs[next(iter(calls))] else None,
+            "cache": "warm" if graphs[name] else "cold", "graph": graphs[name], "runs": runs,
         }  # fmt: skip
+
+
+def _turn(clock: Clock, call: Callable[[], object], before: Callable[[], object], times: int) -> float:
+    return clock(call, before) / times
 
 
 def _apart(results: list[torch.Tensor], first: list[torch.Tensor] | None) -> float:
@@ -186,10 +185,6 @@ def reason(error: Exception) -> str:
     return f"{lines[0] if lines else type(error).__name__}"[:160]
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 # -- the whole run -----------------------------------------------------------------------------------------------------
 
 
@@ -209,20 +204,21 @@ def plan(
     """The run for these names; what is not given is the device's default.
 
     Raises:
-        ValueError: something of that name is not there; it says what is.
+        ValueError: something of that name is not there (NotHere, which says what is), or nothing is left to measure.
     """
-    where = _device(device)
-    gpu = where.type == "cuda"
-    _known("operation", ops, shapes.COSTS)
-    _known("dtype", dtypes, shapes.DTYPES)
-    _known("model", models, shapes.MODELS)
+    where = harness.device_for(device)
+    if gpu := where.type == "cuda":
+        check_backend("triton")
+    harness.known("operation", ops, shapes.COSTS)
+    harness.known("dtype", dtypes, shapes.DTYPES)
+    harness.known("model", models, shapes.MODELS)
     there = here(where)
     names = [one for name in peers for one in ([n for n in there if n in SDPA] if name == "sdpa" else [name])]
-    _known("peer", names, PEERS)
+    harness.known("peer", names, PEERS)
     for name in names:
         if name not in there:
             missing = "is not installed" if gpu or name not in ON_GPUS else "wants a GPU"
-            raise ValueError(f"the peer {name} {missing}; there are {', '.join(there)}")
+            raise harness.NotHere(f"the peer {name} {missing}; there are {', '.join(there)}")
     chosen = names or [name for name in there if gpu or name != "compile"]
     small, grid = (shapes.GPU_QUICK, shapes.GPU) if gpu else (shapes.CPU_QUICK, shapes.CPU)
     usual = (["8b"] if quick else ["7b", "8b", "70b"]) if gpu else ["135m"]
@@ -235,29 +231,6 @@ def plan(
     return Plan(where, "triton" if gpu else "torch", list(dict.fromkeys(chosen)), work)
 
 
-def _known(kind: str, names: Sequence[str], there: Sequence[str] | Mapping[str, object]) -> None:
-    for name in names:
-        if name not in there:
-            raise ValueError(f"no {kind} is called {name!r}; there are {', '.join(there)}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    count = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        there = ["cpu", *(f"cuda:{index}" for index in range(count))]
-        raise ValueError(f"no device is called {name!r}; there are {', '.join(there)}")
-    if device.type == "cuda":
-        ops.check_backend("triton")
-        torch.cuda.set_device(device)
-    return device
-
-
 def run(
     plan: Plan, command: str, clock: Clock | None = None, say: Callable[[str], object] = lambda text: None
 ) -> Iterator[dict[str, Any] | Case | Left]:
@@ -267,28 +240,29 @@ def run(
     """
     device, gpu = plan.device, plan.device.type == "cuda"
     clock = clock or harness.clock(device)
-    with torch.no_grad():
-        limits = measure_limits(list(dict.fromkeys(case.dtype for case in plan.cases)), device, clock)
-        products = {dtype: _short(rate / 1e12) for dtype, rate in limits.product.items()}
-        yield harness.header(
-            command, gpu, limits={"copy_gbps": _short(limits.copy / 1e9), "product_tflops": products},
-            threads=None if gpu else torch.get_num_threads(), note=None if gpu else NO_GPU,
-        )  # fmt: skip
-        took = estimate(plan, limits)
-        say(f"{len(plan.cases)} shapes, about {f'{took / 60:.0f} minutes' if took > 90 else f'{took:.0f} seconds'}")
-        flush = flusher(device)
-        for case in plan.cases:
-            yield case
-            torch.compiler.reset()  # a shape is compiled for itself, as often as there are shapes
-            try:
-                given = inputs(case, device)
-                calls = providers(case, given, plan.backend, plan.peers)
-                yield from measure(case, calls, given, limits, clock, flush)
-                del given, calls
-            except (RuntimeError, MemoryError) as refused:
-                yield Left(case, "all", reason(refused))
-            if gpu:
-                torch.cuda.empty_cache()
+    limits = measure_limits(list(dict.fromkeys(case.dtype for case in plan.cases)), device, clock)
+    copy = max(limit.bandwidth for limit in limits.values())
+    products = {dtype: _short(limit.rate / 1e12) for dtype, limit in limits.items()}
+    yield harness.header(
+        command, gpu, limits={"copy_gbps": _short(copy / 1e9), "product_tflops": products},
+        ours=plan.backend, threads=None if gpu else torch.get_num_threads(), note=None if gpu else NO_GPU,
+    )  # fmt: skip
+    took = estimate(plan, limits)
+    long = f"{took / 60:.0f} minutes" if took > 90 else harness.plural(max(1, round(took)), "second")
+    say(f"{harness.plural(len(plan.cases), 'shape')}, about {long}")
+    flush = flusher(device)
+    for case in plan.cases:
+        yield case
+        torch.compiler.reset()  # a shape is compiled for itself, as often as there are shapes
+        try:
+            given = inputs(case, device)
+            calls = providers(case, given, plan.backend, plan.peers)
+            yield from measure(case, calls, given, limits, clock, flush)
+            del given, calls
+        except (RuntimeError, MemoryError) as refused:
+            yield Left(case, "all", reason(refused))
+        if gpu:
+            torch.cuda.empty_cache()
 
 
 def estimate(plan: Plan, limits: Limits) -> float:
@@ -297,7 +271,7 @@ def estimate(plan: Plan, limits: Limits) -> float:
     building = 0.0 if "compile" not in plan.peers else 2.0 if gpu else 5.0
     checking = 0.2 if gpu else 0.05
     return sum(
-        building + (1 + len(plan.peers) / 2) * (checking + min(SECONDS, 5 * TURNS[1] * limits.seconds(case)[0]))
+        building + (1 + len(plan.peers) / 2) * (checking + min(SECONDS, 5 * TURNS[1] * floor(case, limits)[0]))
         for case in plan.cases
     )
 
@@ -312,7 +286,7 @@ def heading(header: Mapping[str, Any]) -> list[str]:
     products = ", ".join(f"{_flops(rate)} in {dtype}" for dtype, rate in limits["product_tflops"].items())
     lines = [header["note"]] if header["note"] else []
     device = header["device"] + (f", driver {header['driver']}" if header["driver"] else "")
-    device += f", {header['threads']} threads" if header["threads"] else ""
+    device += f", {harness.plural(header['threads'], 'thread')}" if header["threads"] else ""
     return [*lines, device, f"the limits: a copy moves {limits['copy_gbps']:g} GB/s, products make {products}", COLUMNS]
 
 

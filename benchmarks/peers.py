@@ -175,9 +175,11 @@ def providers(case: Case, given: Inputs, backend: str, peers: Iterable[str]) -> 
             continue
         if name == "compile":
             function = torch.compile(function, fullgraph=True, dynamic=False)
-        own = {}
+        own: Inputs = {}
         if name == "liger":  # its rope may write over q and k; turned ever further, they cost the same
             own = {key: given[key].clone() for key in ("q", "k") if key in given}
+        if name == "flash-attn" and "lengths" in given:  # in the dtype that it wants
+            own = {"lengths": given["lengths"].int()}
         calls[name] = partial(function, **given | own)
     return calls
 
@@ -273,7 +275,7 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 def _flash_attn_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> Any:
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     call = import_module("flash_attn").flash_attn_with_kvcache
-    return call(q, k, v, cache_seqlens=lengths.int()).transpose(1, 2)
+    return call(q, k, v, cache_seqlens=lengths).transpose(1, 2)
 
 
 _LIGER: dict[str, Callable[..., Any]] = {

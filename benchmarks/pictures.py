@@ -15,6 +15,8 @@ try:
 except ImportError as error:
     raise ValueError("pictures need matplotlib: pip install matplotlib") from error
 
+from .harness import between
+
 Row = dict[str, Any]
 MARKERS = "os^DvPX*<>"
 STYLES = {
@@ -64,7 +66,9 @@ class Picture(NamedTuple):
 def pictures(kind: str, header: Row, rows: Sequence[Row]) -> list[Picture]:
     """The pictures there are for results of this kind."""
     if kind == "kernels":
-        return [roofline(header, rows), kernels_by_size(rows)]
+        name = header.get("ours", rows[0]["provider"])
+        ours = [row for row in rows if row["provider"] == name and row["flops"]]
+        return [*([roofline(header, ours)] if ours else []), kernels_by_size(rows)]
     if kind == "model":
         return [model_by_batch(rows)]
     if kind == "rivals":
@@ -72,9 +76,8 @@ def pictures(kind: str, header: Row, rows: Sequence[Row]) -> list[Picture]:
     return [*compiled(rows)]
 
 
-def roofline(header: Row, rows: Sequence[Row]) -> Picture:
+def roofline(header: Row, ours: Sequence[Row]) -> Picture:
     """What our kernels reach, over the operations they have for a byte that moves, under what the device allows."""
-    ours = [row for row in rows if row["provider"] == rows[0]["provider"] and row["flops"]]
     ops = list(dict.fromkeys(row["op"] for row in ours))
 
     def draw(figure: Figure) -> None:
@@ -150,15 +153,17 @@ def model_by_batch(rows: Sequence[Row]) -> Picture:
                     axes.errorbar([row["batch"] for row in theirs], [s["median"] for s in speeds], [below, above],
                                   marker=MARKERS[place % len(MARKERS)], color=f"C{place}", capsize=3)  # fmt: skip
             allowed = sorted((row["batch"], row["tokens_per_s"]["median"] / row["of_floor"])
-                             for row in mine if _provider(row) == providers[0])  # fmt: skip
-            axes.plot(*zip(*allowed, strict=True), color=matplotlib.rcParams["text.color"], linestyle="--", marker="_")
+                             for row in mine if row["provider"] == "llama")  # fmt: skip
+            if allowed:
+                axes.plot(*zip(*allowed, strict=True), color=matplotlib.rcParams["text.color"], ls="--", marker="_")
             batches = sorted({row["batch"] for row in mine})
             axes.set(xscale="log", title=test, xlabel="batch, texts", ylabel="tokens/s", ylim=(0, None))
             axes.set_xticks(batches, [str(batch) for batch in batches])
             axes.minorticks_off()
         _legend(figure, providers, "what memory and arithmetic allow")
 
-    words = "Tokens a second by batch, with the 10th and 90th percentile; dashed, what the machine allows in our dtype."
+    low, high = between(min(row["runs"] for row in rows))
+    words = f"Tokens a second by batch, from {low} to {high}; dashed, what the machine allows in our dtype."
     return Picture("by-batch", words, (max(4.5, 3.6 * len(tests)), 3.9), draw)
 
 

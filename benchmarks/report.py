@@ -31,7 +31,6 @@ NAMES = {
     "convert": "Converting checkpoints",
 }
 LABELS = {
-    "tokens_per_s": "tokens/s (p10 – p90)",
     "median_us": "median, µs",
     "p10_us": "p10, µs",
     "p90_us": "p90, µs",
@@ -133,8 +132,14 @@ def table(rows: Sequence[Row]) -> Table:
     common = {name: texts[0] for name, texts in cells.items() if len(rows) > 1 and len(set(texts)) == 1}
     columns = [name for name in names if name not in common]
     body = [[cells[name][place] for name in columns] for place in range(len(rows))]
-    said = {_label(name): text for name, text in common.items() if text}
-    return Table([_label(name) for name in columns], body, said)
+    low, high = harness.between(min(row.get("runs", harness.ENOUGH) for row in rows))
+    labels = LABELS | {"tokens_per_s": f"tokens/s ({low} – {high})"}
+
+    def label(name: str) -> str:
+        return labels.get(name, name.replace("_", " "))
+
+    said = {label(name): text for name, text in common.items() if text}
+    return Table([label(name) for name in columns], body, said)
 
 
 def _flat(row: Row) -> Iterable[tuple[str, Any]]:
@@ -169,10 +174,6 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name.replace("_", " "))
-
-
 def write(folders: Sequence[Path], out: Path, beside: bool = False) -> Path:
     """Make the page. `beside`: also write every picture beside its results, as <results>.<picture>.<style>.svg.
 
@@ -181,6 +182,9 @@ def write(folders: Sequence[Path], out: Path, beside: bool = False) -> Path:
     """
     from .pictures import STYLES, pictures
 
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; --out names a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
     sections = []
     for results in find(folders or [harness.RESULTS]):
         drawn = []

@@ -6,6 +6,7 @@ A table whose results are not there stays as it is.
 """
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,41 @@ def batches(rows: list[Row]) -> str:
     """The table of `llama bench model`."""
     table = ["| test | batch | provider | tokens/s | theirs / ours | of the floor |", "|---|---|---|---|---|---|"]
     for row in rows:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         cells = (row["test"], row["batch"], f"{row['provider']}, {row['backend']}",
-                 f"{row['tokens_per_s']['median']:.4g}", f"{row['ratio']:.2f}", f"{row['of_floor']:.2f}")  # fmt: skip
+                 f"{row['tokens_per_s']['median']:.4g}", ratio, f"{row['of_floor']:.2f}")  # fmt: skip
         table.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(table)
 
 
+def kernels(rows: list[Row]) -> str:
+    """The table of `llama bench kernels`, a line for each operation: medians over its shapes, with the ends."""
+    ours = ("triton", "torch")
+    names = [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in ours]
+    head = ["operation", "shapes", "of the limit", *(f"{name} / ours" for name in names)]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op]
+        reached = [row["of_limit"] for row in mine if row["provider"] in ours]
+        ratios = [[row["ratio"] for row in mine if row["provider"] == name and row["ratio"]] for name in names]
+        table.append(f"| {' | '.join([op, str(len(reached)), *map(_middle, [reached, *ratios])])} |")
+    return "\n".join(table)
+
+
+def _middle(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
+
+
+# Of each the file or, where the pattern finds a folder for each device, the files.
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model": ("model.json", model),
     "cpu": ("cpu.json", cpu),
     "tokenizer": ("tokenizer.json", tokenizer),
     "convert": ("convert.json", convert),
-    "batches": ("epyc-2-cores/model.jsonl", batches),
+    "batches": ("*/model.jsonl", batches),
+    "kernels": ("*/kernels.jsonl", kernels),
 }
 
 
@@ -101,8 +125,15 @@ def filled(text: str, results: Path = harness.RESULTS) -> str:
         start, name, end = found.groups()
         if name not in TABLES:
             raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
-        file, build = TABLES[name]
-        return found[0] if not (results / file).exists() else f"{start}{build(read(results / file).rows)}\n{end}"
+        pattern, build = TABLES[name]
+        tables = []
+        for path in sorted(results.glob(pattern)):
+            kept = read(path)
+            table = build(kept.rows)
+            if "*" in pattern:
+                table = f"{kept.header['device']}, {kept.header['date']}, `{kept.header['command']}`:\n\n{table}"
+            tables.append(table)
+        return start + "\n\n".join(tables) + f"\n{end}" if tables else found[0]
 
     return MARKED.sub(fill, text)
 

@@ -46,17 +46,21 @@ class Case(NamedTuple):
     overlaps: bool = False  # whether softmax should run while a product is under way
 
 
+class UnknownKernel(ValueError):
+    """A name that no kernel has."""
+
+
 def work(targets: Iterable[str], kernel: str | None = None) -> list[tuple[str, Case]]:
     """What there is to compile for these targets: the cases of one kernel, or of all.
 
     Raises:
-        ValueError: a kernel that is not there, or kernels that the interpreter has.
+        UnknownKernel: a kernel that is not there. ValueError: kernels that the interpreter has.
     """
     refuse_interpreter()
     everything = cases()
     names = dict.fromkeys(case.kernel for case in everything)
     if kernel is not None and kernel not in names:
-        raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(names)}")
+        raise UnknownKernel(f"no kernel is called {kernel!r}; there are {', '.join(names)}")
     return [(target, case) for target in targets for case in everything
             if kernel in (None, case.kernel) and target in case.targets]  # fmt: skip
 

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 KEYS = {"op", "model", "shape", "dtype", "provider", "median_us", "p10_us", "p90_us", "best_us", "bytes", "flops",
         "of_limit", "error", "ratio", "cache", "graph"}  # fmt: skip
 TINY = {"E": 64, "F": 96, "H": 4, "K": 2, "D": 16, "V": 101}
-EVEN = kernels.Limits(copy=1e9, product=dict.fromkeys(shapes.DTYPES, 1e12))  # bytes/s, FLOP/s
+EVEN = dict.fromkeys(shapes.DTYPES, harness.Limits(1e9, 1e12))  # bytes/s, FLOP/s
 
 
 @pytest.fixture
@@ -182,24 +182,105 @@ def test_a_row_says_how_long_how_much_and_how_near(tiny):
 def test_what_multiplies_is_held_against_a_product(tiny):
     time, case = FakeTime(), one_case("linear_cross_entropy")
     given = peers.inputs(case, CPU)
-    limits = kernels.Limits(copy=1e12, product={"float32": 1e9})
+    limits = {"float32": harness.Limits(1e12, 1e9)}
     calls = {"torch": time.taking(1e-3, peers.ours(case, given, "torch"))}
     rows, _ = measured(case, calls, given, time.clock(), limits)
     assert case.flops == 2 * 10 * 64 * 101 + 4 * 10 * 101 == 133_320
     assert (rows["torch"]["tflops"], rows["torch"]["of_limit"]) == (0.0001333, 0.1333)
-    assert limits.seconds(one_case("swiglu"))[1] == "bytes"
+    assert kernels.floor(one_case("swiglu"), limits)[1] == "memory"
 
 
 def test_small_shapes_run_in_a_graph_and_say_so(tiny):
     time, case = FakeTime(), one_case("swiglu")
     given = peers.inputs(case, CPU)
     calls = {"triton": time.taking(2e-6, peers.ours(case, given, "torch"))}
-    fast = kernels.Limits(copy=1e12, product={"float32": 1e12})
+    fast = {"float32": harness.Limits(1e12, 1e12)}
     rows, _ = measured(case, calls, given, time.clock(WithGraphs), fast, flush=pytest.fail)
     assert (rows["triton"]["graph"], rows["triton"]["cache"]) == (True, "warm")
     assert rows["triton"]["median_us"] == 2  # a twentieth of a replay
     rows, _ = measured(case, calls, given, time.clock(WithGraphs), EVEN)
     assert (rows["triton"]["graph"], rows["triton"]["cache"]) == (False, "cold")
+
+
+def test_who_cannot_be_in_a_graph_is_timed_without_one(tiny):
+    class Picky(WithGraphs):
+        def repeated(self, call, times):
+            return None if call is waiting else super().repeated(call, times)
+
+    time, case = FakeTime(), one_case("swiglu")
+    given = peers.inputs(case, CPU)
+    waiting = time.taking(8e-6, peers.ours(case, given, "torch"))
+    calls = {"triton": time.taking(2e-6, peers.ours(case, given, "torch")), "peer": waiting}
+    fast = {"float32": harness.Limits(1e12, 1e12)}
+    rows, left = measured(case, calls, given, time.clock(Picky), fast, flush=time.taking(1.0))
+    assert not left
+    assert [(row["median_us"], row["graph"], row["cache"], row["ratio"]) for row in rows.values()] == [
+        (2, True, "warm", 1), (8, False, "cold", None)
+    ]  # fmt: skip
+    assert kernels.line(rows["peer"])
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_waits_for_the_gpu_is_never_captured(monkeypatch, waits):
+    """Against PyTorch's own names: a call that waits raises while waiting is forbidden, and would break a capture."""
+    said, mode = [], ["default"]
+
+    class Within:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            said.append("within")
+
+        def __exit__(self, *_):
+            pass
+
+    def call():
+        said.append("call")
+        if waits and mode[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": Within, "graph": Within,
+        "CUDAGraph": lambda: types.SimpleNamespace(replay="replay"),
+        "get_sync_debug_mode": lambda: "default", "set_sync_debug_mode": mode.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert harness.CudaClock().repeated(call, 2) == (None if waits else "replay")
+    assert said == ["within", *["call"] * 4, *([] if waits else ["within", "call", "call"])]
+    assert mode == ["default", "error", "default"]
+
+
+def test_no_gradients_are_off_for_whoever_reads_the_rows(tiny):
+    case = one_case("rms_norm")
+    given = peers.inputs(case, CPU)
+    for _ in kernels.measure(case, {"torch": peers.ours(case, given, "torch")}, given, EVEN, harness.Clock(), int):
+        assert torch.is_grad_enabled()
+
+
+def test_a_gpu_is_asked_by_its_uuid(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        return types.SimpleNamespace(stdout="570.1, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"abc-{index}"))
+    monkeypatch.setattr(harness.subprocess, "run", run)
+    assert harness._nvidia(1)["driver"] == "570.1"
+    assert "--id=GPU-abc-1" in asked
+
+
+def test_the_gpu_that_was_asked_for_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert harness.device_for("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(ValueError, match="no device is called 'cuda:2'; there are cuda:0, cuda:1"):
+        harness.device_for("cuda:2")
 
 
 def test_on_a_gpu_events_stand_around_the_call(monkeypatch):
@@ -402,6 +483,8 @@ def stand_ins(monkeypatch):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
     def attend_to_cache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None):
+        attend.lengths = [*getattr(attend, "lengths", []), cache_seqlens]
+        assert attend.lengths[0] is cache_seqlens  # nothing is cast while the clock runs
         assert cache_seqlens.dtype == torch.int32
         return attend(q, k_cache, v_cache)
 
@@ -441,7 +524,7 @@ def bench(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--op", "gemm"], ["'gemm'", "rms_norm", "linear_cross_entropy"]),
+        (["--op", "rmsnorm"], ["'rmsnorm'; did you mean rms_norm? There are", "linear_cross_entropy"]),
         (["--dtype", "int8"], ["'int8'", "bfloat16"]),
         (["--peers", "eager,cublas"], ["'cublas'", "sdpa-flash", "liger"]),
         (["--peers", "liger"], ["liger", "there are eager", "sdpa-math"]),
@@ -458,7 +541,8 @@ def test_the_command_says_what_there_is(arguments, words):
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(kernels, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(harness, "device_for", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(kernels, "check_backend", lambda name: None)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"the peer flash-attn is not installed; there are eager, .*sdpa-cudnn"):
         kernels.plan(peers=["flash-attn"])
@@ -480,6 +564,7 @@ def test_the_command_from_end_to_end(tmp_path):
     assert [row["provider"] for row in rows if row["op"] == "rms_norm"] == ["torch", "eager", "fused"]
     assert {row["provider"] for row in rows if row["op"] != "rms_norm"} == {"torch", "eager", "sdpa-flash", "sdpa-math"}
     assert "2 shapes, about" in done.stderr
+    assert header["ours"] == "torch"
     kept = tmp_path / harness.slug(header["device"]) / "kernels.jsonl"
     assert harness.read_lines(kept) == (header, rows)
 
@@ -516,8 +601,13 @@ def test_people_get_a_table_and_a_wrong_provider_an_exit_code(monkeypatch, tmp_p
     ("name", "slug"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm4"),
+        ("NVIDIA L4", "l4"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("11th Gen Intel(R) Core(TM) i7-1165G7 @ 2.80GHz, 8 cores", "core-i7-1165g7-8-cores"),
+        ("11th Gen Intel(R) Core(TM) i5-11400 @ 2.60GHz, 8 cores", "core-i5-11400-8-cores"),
+        ("AMD Ryzen 7 7700X 8-Core Processor, 16 cores", "ryzen-7-7700x-16-cores"),
         ("AMD EPYC, 2 cores, AVX-512", "epyc-2-cores"),
         ("Intel(R) Xeon(R) Platinum 8488C, 4 cores", "xeon-platinum-8488c-4-cores"),
         ("", "device"),

@@ -13,7 +13,7 @@ import torch
 from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
 
 from llama import LlamaForCausalLM, cli, reference
-from llama.benchmarks import generation
+from llama.benchmarks import generation, harness
 from llama.benchmarks.generation import Limits, Machine
 
 CPU = Machine(torch.device("cpu"), 1)
@@ -148,8 +148,155 @@ def test_of_floor_is_the_floor_over_the_median_time():
     }
 
 
+def test_a_floor_far_below_is_no_zero():
+    found = generation.figures(generation.Test(2, 1, 8), [4.0], ours=None, floor=1e-6)
+    assert (found["of_floor"], found["ratio"]) == (2.5e-7, None)
+
+
 def digits(value):
     return float(f"{value:.5g}")
+
+
+def test_whole_generates_stand_beside_the_loops_and_only_write(folder):
+    rows = bench(folder, decodings=["plain", "static"], peers=["transformers", "transformers-generate"], batches=[2])
+    assert [(row["test"], row["provider"]) for row in rows] == [
+        ("pp8", "llama"), ("pp8", "transformers"),
+        *(("tg4", name) for name in ("llama", "llama plain", "llama static", "transformers", "transformers-generate")),
+    ]  # fmt: skip
+    assert all(row["error"] < 1e-5 for row in rows if row["provider"] != "llama")
+
+
+def test_a_whole_generate_writes_on_past_end_tokens_and_leaves_the_model_as_it_was(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = list(range(FIELDS["vocab_size"]))
+    before = model.generation_config
+    assert generation.generator("llama static", model, "torch").write(np.ones((2, 1), int), 5).shape == (2, 5)
+    assert model.generation_config is before
+
+
+def test_the_compiled_peer_has_a_static_cache_and_code_for_each_batch(folder):
+    options = generation.generator("transformers-compiled", LlamaForCausalLM.from_pretrained(folder), "torch").options
+    assert options["cache_implementation"] == "static"
+    assert options["compile_config"].dynamic is False
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (lambda ids, new: torch.zeros(1, new, dtype=torch.long), "llama static do not compute the same"),
+        (None, "llama static does not run here, leave it out: no compiler"),
+    ],
+)
+def test_who_writes_something_else_or_nothing_is_not_timed(folder, monkeypatch, broken, words):
+    def fail(ids, new):
+        raise RuntimeError("no compiler\nand much more")
+
+    made = generation.generator
+
+    def generator(*arguments):
+        one = made(*arguments)
+        one.write = broken or fail
+        return one
+
+    monkeypatch.setattr(generation, "generator", generator)
+    with pytest.raises(ValueError, match=words):
+        bench(folder, decodings=["static"], peers=[])
+
+
+@pytest.mark.parametrize("who", ["llama", "transformers"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you")]
+)
+def test_who_has_no_room_is_left_out_of_that_test_and_gives_up_its_cache(folder, monkeypatch, who, error):
+    step, said, models = generation.TorchModel.step, [], set()
+
+    def narrow(model, tokens):
+        models.add(model)
+        if model.name == who and len(tokens) == 2:
+            raise error
+        return step(model, tokens)
+
+    monkeypatch.setattr(generation.TorchModel, "step", narrow)
+    rows = bench(folder, new=0, say=said.append)
+    left = {"llama", "transformers"} - {who}
+    assert [(row["batch"], row["provider"]) for row in rows] == [(1, "llama"), (1, "transformers"), (2, *left)]
+    assert (rows[-1]["ratio"] is None) == (who == "llama")
+    assert any(f"pp8 of 2: {who} is left out, for it is out of memory" in words for words in said)
+    assert [model._cache for model in models] == [None, None]
+
+
+def test_another_error_is_no_lack_of_room(folder):
+    def fail():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        generation.attempt([], SimpleNamespace(name="x"), fail)
+
+
+def test_memory_on_a_gpu_is_read_when_the_cache_of_the_run_before_is_gone(folder, monkeypatch):
+    model = generation.load("llama", folder, "torch", torch.float32, CPU, 16)
+    model._cache, seen = "of the run before", []
+
+    def allocated(device):
+        seen.append(model._cache)
+        return 10**6
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 10**6)
+    machine = Machine(torch.device("cuda"), 1)
+    test = generation.Test(1, 1, 8)
+    found = generation.peak(model, test, np.ones((1, 8), int), folder, "torch", machine)
+    assert (seen, found) == ([None], round(2 + model.nbytes / 1e6))
+
+
+@pytest.mark.parametrize(("patience", "extra"), [(1e9, 1), (0.0, 0)])
+def test_everybody_runs_a_test_once_before_the_clock_does(folder, monkeypatch, patience, extra):
+    run, ran, said = generation.Test.run, [], []
+    monkeypatch.setattr(generation, "WARM", patience)
+    monkeypatch.setattr(
+        generation.Test, "run", lambda test, model, ids: (ran.append(model.name), run(test, model, ids))
+    )
+    bench(folder, new=0, batches=[1], say=said.append)
+    assert ran.count("llama") == ran.count("transformers") == SMALL["runs"] + extra
+    assert any("is not warmed up" in words for words in said) == (not extra)
+
+
+def test_the_limits_of_a_gpu_are_timed_on_the_gpu(monkeypatch):
+    class Events(harness.Clock):
+        def __call__(self, call, before=None):
+            return 0.5
+
+    monkeypatch.setattr(harness, "CudaClock", Events)
+    machine = SimpleNamespace(is_gpu=True, device=CPU.device, clock=pytest.fail)
+    found = {name: measure() for name, measure in generation.limits(machine, torch.float32).items()}
+    assert found == {"bandwidth": 2 * 2**28, "rate": 4 * 1024**3}
+
+
+def test_usual_prompts_that_are_too_long_are_named(folder):
+    said = []
+    rows = bench(folder, prompts=None, batches=[1], peers=[], say=said.append)
+    assert [row["test"] for row in rows] == ["tg4"]
+    assert "Left out, for the model was made for 32 tokens: pp512 of 1, pp4096 of 1." in said
+
+
+def test_nothing_to_measure_is_a_sentence_and_clocks_are_read_afterwards(folder, tmp_path, run, monkeypatch):
+    order = []
+
+    def rows(where, **_):
+        order.append("measured")
+        yield from kept
+
+    monkeypatch.setattr(generation, "benchmark", rows)
+    monkeypatch.setattr(harness, "header", lambda *_, **more: order.append(more) or {"command": "c", "device": "d"})
+    kept = []
+    code, out, err = run("bench", "model", folder, "--out", tmp_path / "rows.jsonl")
+    assert (code, out, order) == (1, "", ["measured"])
+    assert "nothing was measured" in err
+    assert not list(tmp_path.iterdir())
+    kept = [{"threads": None, "test": "pp8"}]
+    assert run("bench", "model", folder, "--format", "json")[0] == 0
+    assert order[1:] == ["measured", {"gpu": True}]
 
 
 @pytest.mark.parametrize("change", [lambda w: w.mul_(1.5), lambda w: w.fill_(float("nan"))])
@@ -255,27 +402,30 @@ def test_the_command_prints_every_format_and_keeps_json_lines(folder, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "code", "words"),
     [
-        (["--peers", "vllm"], "no peer is called 'vllm'; there are transformers, llama.cpp"),
-        (["--peers", "llama.cpp"], "llama.cpp is not installed: pip install llama-cpp-python; installed: transformers"),
-        (["--device", "tpu"], "no device is called 'tpu'; there are auto, cpu, cuda"),
-        (["--device", "cuda"], "PyTorch sees no GPU"),
-        (["--prompt", "8,x"], "'8,x' is not a list of numbers like 1,8,32"),
-        (["--batch", "0"], "'0' is not a list of numbers"),
-        (["--prompt", "33", "--batch", "1"], "pp33 is longer than the 32 tokens"),
-        (["--backend", "reference", "--dtype", "float16"], "the reference computes on a CPU in float32"),
+        (["--peers", "vllm"], 2, "no peer is called 'vllm'; there are transformers, llama.cpp"),
+        (["--peers", "llama.cpp"], 2, "llama.cpp is not installed: pip install llama-cpp-python; installed: transf"),
+        (["--device", "tpu"], 2, "no device is called 'tpu'; there are auto, cpu, cuda"),
+        (["--device", "cuda"], 2, "PyTorch sees no GPU"),
+        (["--decoding", "statik"], 2, "no decoding is called 'statik'; did you mean static? There are plain, static,"),
+        (["--decoding", "graph"], 2, "--decoding graph needs a GPU"),
+        (["--decoding", "static", "--backend", "reference"], 1, "leave --decoding out"),
+        (["--prompt", "8,x"], 2, "'8,x' is not a list of numbers like 1,8,32"),
+        (["--batch", "0"], 2, "'0' is not a list of numbers"),
+        (["--prompt", "33", "--batch", "1"], 1, "pp33 is longer than the 32 tokens"),
+        (["--backend", "reference", "--dtype", "float16"], 1, "the reference computes on a CPU in float32"),
     ],
 )
-def test_wrong_input_is_a_sentence_and_touches_no_file(folder, tmp_path, run, monkeypatch, options, words):
+def test_wrong_input_is_a_sentence_and_touches_no_file(folder, tmp_path, run, monkeypatch, options, code, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = generation.importlib.util.find_spec
     monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name != "llama_cpp" and found(name))
     kept = tmp_path / "results.jsonl"
     kept.write_text("what was measured before")
-    code, out, err = run("bench", "model", folder, "--new", "4", *options, "--out", kept)
-    assert code in (1, 2)
-    assert words in err.replace("\n", " ")
+    ended, out, err = run("bench", "model", folder, "--new", "4", *options, "--out", kept)
+    assert ended == code
+    assert words in " ".join(err.split())
     assert not out
     assert kept.read_text() == "what was measured before"
 

@@ -13,6 +13,7 @@ import pytest
 
 from llama import cli
 from llama.benchmarks import harness, pictures, report
+from llama.benchmarks.tables import filled
 
 ROOT = Path(__file__).parent.parent
 BROWSER = ROOT / ".venv" / "browser"
@@ -147,7 +148,7 @@ def test_what_is_the_same_in_all_rows_is_said_once(page):
     text = " ".join("".join(page.words).split())
     assert "8 rows; in all of them model tiny & <small>" in text  # and is escaped
     assert "of floor 47%" in text
-    assert "tokens/s (p10 – p90) 123 (120 – 125)" in text
+    assert "tokens/s (min – max) 123 (120 – 125)" in text
 
 
 def test_device_method_and_command_stand_beside_every_table(page):
@@ -242,6 +243,68 @@ def test_a_foreign_file_is_named_in_a_sentence(tmp_path, name, content):
     with pytest.raises(ValueError, match=rf"{name} is no file of results of llama bench or python -m benchmarks: move"):
         report.write([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_pictures_hold_what_was_left_out_and_what_is_far_below():
+    theirs = [row for row in KERNELS if row["provider"] == "eager"]  # as where ours had no room
+    named = HEADER | {"ours": "triton"}
+    assert [picture.name for picture in pictures.pictures("kernels", named, theirs)] == ["by-size"]
+    drawn, *_ = pictures.pictures("kernels", named, [*theirs[:1], *KERNELS])
+    assert "Roofline of triton" in drawn.words
+    low = [row | {"of_floor": 1.2e-5, "ratio": None} for row in MODEL if row["provider"] != "llama"]
+    for rows in (low, [row | {"provider": "llama"} for row in low]):
+        (picture,) = pictures.pictures("model", HEADER, rows)
+        assert "from min to max" in picture.words
+        assert picture.svg("light")
+
+
+def test_few_turns_have_ends_and_many_have_percentiles():
+    rows = [{"runs": runs, "tokens_per_s": {"median": 2.0, "p10": 1.0, "p90": 3.0}, "x": x}
+            for runs in (6, 7) for x in (1, 2)]  # fmt: skip
+    assert "tokens/s (min – max)" in report.table(rows[:2]).common
+    assert "tokens/s (p10 – p90)" in report.table(rows[2:]).common
+
+
+def test_the_readme_has_a_table_of_every_device_that_was_measured(tmp_path):
+    text = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("batches", "kernels"))
+    assert filled(text, tmp_path) == text
+    for device in ("a", "b"):
+        lines(tmp_path / device / "kernels.jsonl", HEADER | {"device": device}, KERNELS)
+    without = [*MODEL[:1], MODEL[1] | {"ratio": None}]
+    lines(tmp_path / "a" / "model.jsonl", HEADER, without)
+    made = filled(text, tmp_path)
+    assert "a, 2026-11-22, `llama bench kernels --quick`:\n\n| operation | shapes | of the limit |" in made
+    assert made.count("| swiglu | ") == 2
+    assert "| pp512 | 1 | transformers, torch | 123.4 |  | 0.47 |" in made
+
+
+def test_kernels_stand_in_the_readme_by_their_medians(tmp_path):
+    rows = [row | {"of_limit": limit, "ratio": 1.0 if row["provider"] == "triton" else 2 * limit}
+            for row, limit in zip(KERNELS, (0.5, 0.5, 0.9, 0.9) * 2, strict=True)]  # fmt: skip
+    lines(tmp_path / "a" / "kernels.jsonl", HEADER | {"ours": "triton"}, rows)
+    made = filled("<!-- table: kernels -->\n<!-- end -->", tmp_path)
+    assert "| rms_norm | 2 | 0.70 (0.50 – 0.90) | 1.40 (1.00 – 1.80) |" in made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="make bench compiles on Linux alone")
+@pytest.mark.parametrize("printed", ["", "a row"])
+def test_make_bench_keeps_no_empty_file(tmp_path, printed):
+    """With stand-ins for the commands; what fails before it has printed a row leaves nothing to stumble over."""
+    tools, kept = tmp_path / "bin", tmp_path / "out"
+    tools.mkdir()
+    for name in ("python", "pytest", "llama"):
+        (tools / name).write_text(f'#!/bin/sh\n[ "$2" != static ] || {{ printf "{printed}"; exit 1; }}\n')
+        (tools / name).chmod(0o755)
+    command = ["make", "bench", f"BIN={tools}", f"RESULTS={kept}", "READY="]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in kept.iterdir()] == ["static.jsonl"] * bool(printed)
+
+
+def test_the_page_gets_its_folder(results, tmp_path):
+    assert report.write([results], tmp_path / "new" / "page.html").is_file()
+    with pytest.raises(ValueError, match="new is a folder; --out names a file"):
+        report.write([results], tmp_path / "new")
 
 
 def test_no_results_and_no_folder_are_said(tmp_path):

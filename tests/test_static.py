@@ -147,7 +147,7 @@ def test_the_command_prints_a_line_for_each_configuration():
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [(["--target", "sm_70"], 2, "sm_90"), (["--kernel", "attention"], 1, "flash_attention")],
+    [(["--target", "sm_70"], 2, "sm_90"), (["--kernel", "attention"], 2, "flash_attention")],
 )
 def test_the_command_says_what_there_is(arguments, code, words):
     done = llama("bench", "static", *arguments)
