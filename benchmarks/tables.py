@@ -67,7 +67,7 @@ def convert(rows: list[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["best"]))
     table = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for row in rows:
-        cells = (f"{row['best'][name]:.3g}" if name in row["best"] else "" for name in names)
+        cells = (f"{row['best'][name]:.4g}" if name in row["best"] else "" for name in names)
         table.append(f"| {row['what']}, {row['unit']} | {' | '.join(cells)} |")
     return "\n".join(table)
 

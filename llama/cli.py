@@ -20,7 +20,20 @@ if TYPE_CHECKING:
 BACKENDS = click.Choice(["auto", "torch", "triton", "reference"])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
+class Group(click.Group):
+    """Commands that end in a sentence when Ctrl-C stops them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nllama: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+)
 @click.version_option(package_name="llama-triton", prog_name="llama")
 def cli() -> None:
     """LLaMA models: fetch them, ask them, talk to them.
@@ -78,6 +91,8 @@ def generate(prompt: str, raw: bool, system: str | None, **options: Any) -> None
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template; leave --raw out")
+    if not (raw or prompt.strip()):
+        raise ValueError("the prompt is empty; give at least one word")
     session = open_session(**options)
     if raw or not session.tokenizer.chat_template:
         if system is not None:
@@ -95,11 +110,14 @@ def generate(prompt: str, raw: bool, system: str | None, **options: Any) -> None
 @click.option("--system", help="A system message that opens the conversation.")
 @model_options
 def chat(system: str | None, **options: Any) -> None:
-    """Talk with a model. /exit or the end of input leaves, Ctrl-C stops an answer."""
+    """Talk with a model. /exit or the end of input leaves, Ctrl-C stops an answer.
+
+    Where the input is no terminal, exits 1 if a line could not be answered.
+    """
     session = open_session(**options)
     if not session.tokenizer.chat_template:
         raise click.UsageError(f"{options['model']} has no chat template; use llama generate")
-    messages = system_message(system)
+    messages, failed = system_message(system), False
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history at the prompt)
@@ -126,6 +144,7 @@ def chat(system: str | None, **options: Any) -> None:
             click.echo(" ...", nl=False)
         except ValueError as error:  # the conversation has grown too long, or the template refuses it
             click.echo(f"llama: {error}", err=True)
+            failed = True
         if pieces:
             messages.append({"role": "assistant", "content": "".join(pieces)})
         else:
@@ -133,6 +152,8 @@ def chat(system: str | None, **options: Any) -> None:
         click.echo()
     if sys.stdin.isatty():
         click.echo()
+    elif failed:
+        sys.exit(1)
 
 
 @cli.command()
@@ -173,11 +194,15 @@ def verify(context: click.Context, model: str, backend: str, dtype: str, prompts
 @click.option("--batch", type=click.IntRange(1), default=1, help="In how many texts at once.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with the whole configuration and plain bytes.")
 def info(model: str, tokens: int | None, batch: int, as_json: bool) -> None:
-    """Say what MODEL is and what memory it takes to run, from its headers: no weights are read."""
+    """Say what MODEL is and what memory it takes to run, from its headers: no weights are read.
+
+    Nor are they downloaded of a model on the Hub that is in safetensors; in other formats they are.
+    """
     from .checkpoints import open_checkpoint
+    from .checkpoints.headers import headers_on_hub
     from .info import info
 
-    found = info(open_checkpoint(model), tokens, batch)
+    found = info(headers_on_hub(model) or open_checkpoint(model, wanted="parameters"), tokens, batch)
     for line in [json.dumps(found.as_dict())] if as_json else found.lines():
         click.echo(line)
 
@@ -198,14 +223,15 @@ def info(model: str, tokens: int | None, batch: int, as_json: bool) -> None:
 )
 @click.option("--max-shard-size", "--max_shard_size", default="5GB", metavar="SIZE", help="Begin a new file there.")
 @click.option("--verify", is_flag=True, help="Read it all again and compare it bit by bit with the source.")
-@click.option("--force", is_flag=True, help="Replace another model in OUT.")
+@click.option("--force", is_flag=True, help="Replace another model in OUT, or one changed since.")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit, where WHERE is on the Hub.")
 @click.option("--input-dir", "--input_dir", metavar="DIR", help="WHERE, as transformers' script calls it.")
 @click.option("--output-dir", "--output_dir", metavar="DIR", help="OUT, as transformers' script calls it.")
+@click.option("--model-size", "--model_size", metavar="SIZE", help="7B, 70B ...: Meta's files are checked against it.")
 @click.option(
-    "--model-size", "--model_size", metavar="SIZE", help="7B, 70B ...: what Meta's files must turn out to be."
-)
-@click.option("--llama-version", "--llama_version", metavar="VERSION", help="1, 2, 3, 3.1, 3.2: the same.")
+    "--llama-version", "--llama_version", metavar="VERSION",
+    help="1, 2, 3, 3.1, 3.2: checked too, and decides between those that the files may be.",
+)  # fmt: skip
 @click.option(
     "--num-shards",
     "--num_shards",
@@ -263,7 +289,7 @@ def convert(
 
 @cli.group()
 def bench() -> None:
-    """Measure the kernels."""
+    """Measure kernels and whole models, and make a page of the results."""
 
 
 @bench.command()
@@ -289,11 +315,15 @@ def static(context: click.Context, targets: tuple[str, ...], kernel: str | None,
     for name in names:
         if name not in static.TARGETS:
             raise click.UsageError(f"no target is called {name!r}; there are {', '.join(static.TARGETS)}")
+    try:
+        work = static.work(names, kernel)
+    except static.UnknownKernel as error:
+        raise click.UsageError(str(error)) from error
     made, wrong = 0, 0
-    for record in static.records(progress(static.work(names, kernel), "Compiling", "calls")):
+    for record in static.records(progress(work, "Compiling", "calls")):
         made, wrong = made + 1, wrong + bool(record["problems"])
         click.echo(json.dumps(record) if as_json else static.line(record))
-    click.echo(f"{made} configurations, {wrong} with a problem", err=True)
+    click.echo(f"{made} configuration{'s' * (made != 1)}, {wrong} with a problem", err=True)
     context.exit(1 if wrong else 0)
 
 
@@ -315,7 +345,7 @@ def static(context: click.Context, targets: tuple[str, ...], kernel: str | None,
 @click.option("--out", metavar="FILE", help="Keep the rows as JSON lines; in a folder, as <device>/kernels.jsonl.")
 @click.pass_context
 def kernels(context: click.Context, tokens: str | None, batch: str | None, quick: bool, device: str, as_json: bool,
-            out: str | None, **names: str | None) -> None:  # fmt: skip
+            out: str | None, **lists: str | None) -> None:  # fmt: skip
     """Time every kernel at Llama's shapes beside its peers, and beside what the device allows.
 
     Norms, RoPE, SwiGLU, cross-entropy and decode attention are bound by memory: read GB/s. Prefill attention and linear
@@ -326,7 +356,7 @@ def kernels(context: click.Context, tokens: str | None, batch: str | None, quick
     Without a GPU the Triton kernels do not run, and our PyTorch path is timed in their place, at a few small shapes.
     """
     harness, bench = benchmarks("harness"), benchmarks("kernels")
-    chosen = {key: [name.strip() for name in text.split(",")] if text else [] for key, text in names.items()}
+    chosen = {key: names(text) or [] for key, text in lists.items()}
     try:
         plan = bench.plan(**chosen, tokens=numbers("--tokens", tokens) or [], batches=numbers("--batch", batch) or [],
                           quick=quick, device=device)  # fmt: skip
@@ -355,7 +385,14 @@ def kernels(context: click.Context, tokens: str | None, batch: str | None, quick
 @bench.command()
 @click.argument("where", default="smollm2")
 @click.option("--backend", type=BACKENDS, default="auto", help="What computes our side.")
-@click.option("--peers", metavar="NAMES", help="transformers, llama.cpp; default: those that are installed.")
+@click.option(
+    "--peers", metavar="NAMES",
+    help="transformers, llama.cpp, transformers-generate, transformers-compiled; default: of the first two those that "
+    "are installed.",
+)  # fmt: skip
+@click.option(
+    "--decoding", metavar="NAMES", help="plain, static, graph: also write with our generate, decoding in these ways."
+)
 @click.option("--prompt", metavar="NUMBERS", help="Lengths of the prompts to read.  [default: 512,4096]")
 @click.option("--new", type=click.IntRange(0), default=128, help="How many tokens to write; 0 leaves writing out.")
 @click.option("--batch", metavar="NUMBERS", help="How many texts at once.  [default: 1,8,32]")
@@ -368,26 +405,35 @@ def kernels(context: click.Context, tokens: str | None, batch: str | None, quick
 @click.option("--memory/--no-memory", default=True, help="Peak memory, on a CPU by a process for each line.")
 @click.option("--format", "form", type=click.Choice(["md", "csv", "json"]), default="md", help="How rows are printed.")
 @click.option("--out", metavar="FILE", help="Keep the rows as JSON lines; in a folder, as <device>/model.jsonl.")
-def model(where: str, peers: str | None, prompt: str | None, batch: str | None, form: str, out: str | None,
-          **options: Any) -> None:  # fmt: skip
+def model(where: str, peers: str | None, decoding: str | None, prompt: str | None, batch: str | None, form: str,
+          out: str | None, **options: Any) -> None:  # fmt: skip
     """Time the model WHERE as a whole, beside transformers and llama.cpp, turn by turn.
 
     pp512 reads a prompt of 512 tokens, tg128 writes 128 tokens, as llama-bench calls them. All providers are first
     checked to compute the same. "of floor" is how near each comes to what this machine's memory or arithmetic allows,
     measured in the same turns; "theirs / ours" says how many times as long it takes as we do.
+
+    "llama" and "transformers" are bare loops over forward. --decoding, transformers-generate and transformers-compiled
+    (its generate with a static cache, through torch.compile) write with a whole generate.
     """
     generation = benchmarks("generation")
     harness = benchmarks("harness")
     rows = generation.benchmark(
         where,
-        peers=None if peers is None else [name for name in peers.split(",") if name],
+        peers=names(peers),
+        decodings=names(decoding) or (),
         prompts=numbers("--prompt", prompt),
         batches=numbers("--batch", batch),
         say=lambda words: click.echo(words, err=True),
         **options,
     )
-    header = harness.header(command_line(), gpu=generation.device_for(options["device"]).type == "cuda")
-    first = next(rows)  # what goes wrong does so before the file is touched
+    try:
+        first = next(rows, None)  # what goes wrong does so before the file is touched
+    except harness.NotHere as error:
+        raise click.UsageError(str(error)) from error
+    if first is None:
+        raise ValueError("nothing was measured, for all of it was left out; --prompt and --batch together choose tests")
+    header = harness.header(command_line(), gpu=first["threads"] is None)  # with the clocks of a device at work
     with harness.lines_to(Path(out) if out else None, "model", header) as keep:
 
         def kept() -> Iterator[dict[str, Any]]:
@@ -422,6 +468,11 @@ def benchmarks(module: str) -> Any:
 
 def command_line() -> str:
     return " ".join(["llama", *sys.argv[1:]])
+
+
+def names(text: str | None) -> list[str] | None:
+    """The names of "a,b"."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:
@@ -461,5 +512,8 @@ def main() -> None:
     try:
         cli(prog_name="llama")
     except (ValueError, OSError, MemoryError) as error:
-        click.echo(f"llama: {error or type(error).__name__}", err=True)
+        said = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
+            said = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+        click.echo(f"llama: {said}", err=True)
         sys.exit(1)

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .checkpoints import Checkpoint
+from .checkpoints import FLOATS, Checkpoint
 from .checkpoints.gguf import GGUFFile
 from .checkpoints.huggingface import HuggingFaceFolder
 from .checkpoints.meta import MetaFolder
-from .reference import Config
+from .checkpoints.names import HEAD
+from .reference import Config, parameter_shapes
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes a model runs in, and their bytes
 DEFAULT_TOKENS = 4096
@@ -77,10 +78,12 @@ def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> I
         tokens: how many the cache is to hold for each of the `batch` texts; by default 4096, or the context if shorter.
 
     Raises:
-        ValueError, OSError: a file is missing or damaged; the message names it.
+        ValueError, OSError: a file is missing or damaged, or the configuration asks for other shapes; the message names
+            it.
     """
+    fields = checkpoint.config
     try:
-        config = Config.from_dict(checkpoint.config)
+        config = Config.from_dict(fields)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     for name, value in (("tokens", tokens), ("batch", batch)):
@@ -88,13 +91,22 @@ def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> I
             raise ValueError(f"{name} must be at least 1, got {value}")
     tokens = min(DEFAULT_TOKENS, config.max_position_embeddings) if tokens is None else tokens
     tensors = {n: s for n, s in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    tied = config.tie_word_embeddings and "lm_head.weight" in tensors
-    parameters = sum(s.size for name, s in tensors.items() if not (tied and name == "lm_head.weight"))
+    for name, shape in parameter_shapes(config):
+        if name not in tensors:
+            break  # quantised or another kind of model, of which not every tensor is known
+        if tensors[name].shape != shape and tensors[name].dtype.name in FLOATS:
+            raise ValueError(
+                f"{checkpoint.path}: the tensor {name} has shape {tensors[name].shape}; the configuration asks for "
+                f"{shape}. Correct its configuration, or fetch the model anew."
+            )
+    tied = config.tie_word_embeddings and HEAD in tensors
+    parameters = sum(s.size for name, s in tensors.items() if not (tied and name == HEAD))
     embedding = sum(stored.size for name, stored in tensors.items() if name.endswith("embed_tokens.weight"))
     kept = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * tokens * config.head_dim
     memory = {dtype: {"weights": parameters * width, "cache": kept * width} for dtype, width in WIDTHS.items()}
     name, files = _format(checkpoint)
-    architecture = str((checkpoint.config.get("architectures") or ["LlamaForCausalLM"])[0])
+    said = fields.get("architectures")
+    architecture = str(said[0]) if isinstance(said, list) and said else "LlamaForCausalLM"
     stored = _bytes_by_type(checkpoint)
     return Info(str(checkpoint.path), name, files, architecture, config, parameters, embedding, stored, tokens, batch,
                 memory)  # fmt: skip
@@ -108,7 +120,7 @@ def in_bytes(count: int) -> str:
     size = float(count)
     while size >= 999.5:
         size, unit = size / 1000, next(units)
-    return f"{size:.{3 - len(str(int(size)))}f} {unit}"
+    return f"{size:#.3g}".rstrip(".") + f" {unit}"
 
 
 def _format(checkpoint: Checkpoint) -> tuple[str, int]:

@@ -388,7 +388,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
                 if not ignore_mismatched:
                     raise ValueError(
                         f"size mismatch for {name}: the file holds {tuple(tensor.shape)}, the configuration asks for "
-                        f"{tuple(meta.shape)}; correct the configuration or pass ignore_mismatched_sizes=True"
+                        f"{tuple(meta.shape)}. Correct the configuration or fetch the model anew; in Python, "
+                        "ignore_mismatched_sizes=True draws such weights anew"
                     )
                 mismatched.append((name, tensor.shape, meta.shape))
                 tensor = None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
+from meta_files import write_meta
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import LlamaForCausalLM
@@ -144,6 +145,35 @@ def test_memory_is_let_go_of_when_a_tensor_has_been_used(tmp_path):
     np.testing.assert_array_equal(a, big)
     release(big)  # which is not mapped
     assert big[-1] == len(big) - 1
+
+
+def in_memory(folder):
+    """The bytes of mapped files in a folder that are in memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = str(folder) in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.parametrize("layout", ["Q8_0", "F16", "meta", "meta, one head"])
+def test_reading_tensor_by_tensor_does_not_fill_the_memory(tmp_path, layout):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1 if "one head" in layout else 2}
+    fields = FIELDS | {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 1} | heads
+    params = {n: np.ones(s, np.float32) for n, s in reference.parameter_shapes(reference.Config.from_dict(fields))}
+    if layout.startswith("meta"):
+        where = write_meta(tmp_path, params, fields, shards=4)
+    else:
+        where = write_gguf(tmp_path / "m.gguf", params, fields, gguf.GGMLQuantizationType[layout])
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    checkpoint = open_checkpoint(where)
+    for name in checkpoint.tensors:
+        array = checkpoint.read(name)
+        release(array)
+        del array
+    assert in_memory(tmp_path) < size / 4
 
 
 def test_llama31s_divisors_come_through_gguf(tmp_path):
@@ -445,7 +475,7 @@ def test_a_damaged_index_is_named(tmp_path, damage):
 def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder with config\.json"):
         reference.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match="holds no model: no config"):
         reference.load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"notes\.txt is not a model"):
@@ -483,6 +513,19 @@ def test_a_gguf_of_another_architecture_is_named(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"other\.gguf holds a model of architecture 'gpt2'"):
         reference.load(tmp_path / "other.gguf")
+
+
+def test_a_part_of_a_split_gguf_is_named(tmp_path):
+    def split(writer):
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", 3)
+
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", PARAMS, extra=split)
+    with pytest.raises(
+        ValueError, match=r"is one of the 3 parts of a model; join them with .*llama-gguf-split"
+    ) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
 
 
 def test_arrays_in_arrays_without_end_are_refused(tmp_path):

@@ -125,6 +125,19 @@ def test_control_c_stops_the_answer_and_not_the_program(talker):
     assert terminal.ends() == 0
 
 
+@pytest.mark.parametrize(
+    "arguments", [["generate", "-m", "{talker}", "Hi"], ["verify", "{talker}"], ["chat", "-m", "{talker}"]]
+)
+def test_control_c_ends_a_command_in_a_sentence(talker, arguments):
+    stopped = (
+        "import llama.checkpoints as c; c.open_checkpoint = stop; import llama.session as s; s.open_checkpoint = stop"
+    )
+    run = f"def stop(where): raise KeyboardInterrupt\n{stopped}\nfrom llama.cli import main; main()"
+    command = [sys.executable, "-c", run, *(argument.format(talker=talker) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nllama: interrupted\n")
+
+
 def test_bars_show_on_a_terminal_and_not_in_a_pipe(talker, tmp_path):
     terminal = Terminal(*LLAMA, "generate", "-m", str(talker), "--max-new-tokens", "3", "Hi")
     assert "loading" in terminal.until(r"\d+ tokens, .*\]")
@@ -146,6 +159,7 @@ def without_tokenizer(tmp_path):
         (["generate", "--backend", "abacus", "Hi"], 2, "'abacus' is not one of"),
         (["generate"], 2, "Missing argument 'PROMPT'"),
         (["generate", "--raw", ""], 1, "the prompt is empty"),
+        (["generate", " "], 1, "the prompt is empty"),
         (["generate", "--raw", "--system", "Be brief.", "Hi"], 2, "--system needs the chat template"),
         (["generate", "--top-p", "0.5", "Hi"], 2, "--top-p needs --temperature above 0"),
         (["generate", "--top-k", "5", "Hi"], 2, "--top-k needs --temperature above 0"),
@@ -153,6 +167,8 @@ def without_tokenizer(tmp_path):
         (["generate", "--temperature", "-1", "Hi"], 1, "llama: temperature must be"),
         (["generate", "--max-new-tokens", "0", "Hi"], 2, "--max-new-tokens"),
         (["generate", "--raw", "a " * 9000], 1, "more than the 8192 this model was made for"),
+        (["info", "smolm2"], 1, "llama: smolm2 does not exist; did you mean smollm2?"),
+        (["info", "https://hub.co/org/name"], 1, "llama: https://hub.co/org/name is an address; give org/name"),
         (["fetch", "gpt5"], 1, "llama: gpt5 does not exist; give a folder"),
         (["fetch", "org/gpt5"], 1, "llama: org/gpt5 is no path here, nor is all of it in the cache"),
         (["sing"], 2, "No such command 'sing'"),
@@ -180,13 +196,14 @@ def test_closed_streams_are_no_trouble(talker):
     for command in (f"{short} hi >&-", f"{short} hi 2>&-", f"{sys.executable} -m llama chat -m {talker} <&-"):
         done = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (0, False), command
-    assert subprocess.run(f"{short} - <&-", shell=True, capture_output=True).returncode == 0
+    done = subprocess.run(f"{short} - <&-", shell=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"llama: the prompt is empty; give at least one word\n")
 
 
 def test_a_conversation_goes_on_after_a_line_that_is_too_long(talker):
     long = "a" * 100_001
     done = llama("chat", "-m", talker, "--max-new-tokens", 3, input=f"{long}\nhello\n")
-    assert done.returncode == 0
+    assert done.returncode == 1  # for one line was not answered
     assert re.fullmatch(r"llama: the text has \d+ tokens, more than the 100000 this model was made for\n", done.stderr)
     assert done.stdout.strip()
 

@@ -1,9 +1,12 @@
 """Conversions: nothing is lost on the way, in any direction, and what was changed on demand is what was asked for."""
 
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from types import SimpleNamespace
 
@@ -18,16 +21,18 @@ from meta_files import shard_tensors, write_meta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llama import LlamaTokenizer, reference
-from llama.checkpoints import open_checkpoint
+from llama import LlamaForCausalLM, LlamaTokenizer, reference
+from llama.checkpoints import Stored, open_checkpoint
+from llama.checkpoints import convert as convert_module
 from llama.checkpoints.convert import convert
+from llama.checkpoints.huggingface import HuggingFaceFolder
 from llama.checkpoints.meta_shards import intermediate_size, params_json
 
 PARAMS = random_params()
 MHA = FIELDS | {"num_key_value_heads": 4}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written")
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written", "ignore:Meta's layout has no place for")
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
@@ -136,6 +141,70 @@ def test_a_tied_head_stays_tied(tmp_path):
         assert_equal(tensors_of(again), {name: torch.tensor(array) for name, array in params.items()})
 
 
+@pytest.mark.parametrize(
+    ("said", "num_shards", "warning", "ends"),
+    [
+        ({"bos_token_id": 1, "eos_token_id": 2}, 1, None, (1, 2)),
+        (
+            {"bos_token_id": 3, "eos_token_id": [2]},
+            1,
+            r"no place for bos_token_id 3: .* bos_token_id 1 and eos",
+            (1, 2),
+        ),
+        # in several shards a tied model's embedding is cut as Llama 3's
+        ({}, 2, r"no place for bos_token_id 1 and eos_token_id 2: .* eos_token_id None", (None, None)),
+    ],
+)
+def test_ends_that_metas_layout_cannot_tell_are_named(tmp_path, said, num_shards, warning, ends):
+    fields = FIELDS | {"tie_word_embeddings": True} | said
+    source = write_folder(tmp_path / "model", random_params(fields), fields)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        meta = convert(source, tmp_path / "meta", to="meta", num_shards=num_shards)
+    texts = [str(w.message) for w in given if "no place for" in str(w.message)]
+    assert len(texts) == (warning is not None)
+    assert warning is None or re.search(warning, texts[0])
+    convert(meta, tmp_path / "back")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    assert (model.config.bos_token_id, model.config.eos_token_id) == ends
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == ends
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "back")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == ends
+
+
+def test_a_head_that_is_the_embedding_is_written_as_tied_in_metas_layout(tmp_path):
+    equal = PARAMS | {"lm_head.weight": PARAMS["model.embed_tokens.weight"]}
+    source = write_folder(tmp_path / "model", equal)  # whose configuration says that they are two
+    (tmp_path / "meta" / "original").mkdir(parents=True)
+    (tmp_path / "meta" / "original" / "params.json").write_text("{}")
+    meta = convert(source, tmp_path / "meta", to="meta", verify=True, force=True)
+    assert tensors_of(convert(meta, tmp_path / "again")).keys() == equal.keys() - {"lm_head.weight"}
+
+
+def test_a_head_that_begins_as_the_embedding_is_its_own(tmp_path):
+    fields = FIELDS | {"vocab_size": 32}
+    params = random_params(fields)
+    params["lm_head.weight"][:8] = params["model.embed_tokens.weight"][:8]  # as many rows as Meta's reader compares
+    out = convert(write_meta(tmp_path / "meta", params, fields, dtype=torch.float32), tmp_path / "out", verify=True)
+    assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    model = transformers.LlamaForCausalLM.from_pretrained(out)
+    assert_equal(dict(model.state_dict()), cast(params, torch.float32))
+    with pytest.raises(ValueError, match="cannot be told from a model whose tie_word_embeddings is True"):
+        convert(out, tmp_path / "back", to="meta")
+    assert not (tmp_path / "back").exists()  # nothing was written for it
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_metas_files_may_hold_biases(tmp_path, verify):
+    source = write_meta(tmp_path / "meta", PARAMS)
+    held = torch.load(source / "consolidated.00.pth", weights_only=True)
+    for name in [name for name in held if ".attention.w" in name]:
+        held[name.replace("weight", "bias")] = torch.randn(len(held[name])).half()
+    torch.save(held, source / "consolidated.00.pth")
+    out = convert(source, tmp_path / "out", verify=verify)
+    assert torch.equal(tensors_of(out)["model.layers.1.self_attn.v_proj.bias"], held["layers.1.attention.wv.bias"])
+
+
 PUBLISHED = {  # hidden_size, intermediate_size of Llama 1, 2, 3, 3.1 and 3.2, from the smallest to the largest
     "1B": (2048, 8192), "3B": (3072, 8192), "7B": (4096, 11008), "8B": (4096, 14336), "13B": (5120, 13824),
     "30B": (6656, 17920), "65B": (8192, 22016), "70B": (8192, 28672), "405B": (16384, 53248),
@@ -156,7 +225,10 @@ def test_params_json_gives_the_width_by_metas_formula(tmp_path, size):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and in Meta's layout it can only be 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"head_dim": 8}, r"head_dim · num_attention_heads is 32"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type is 'linear'.* can only be 'default' or 'llama3'",
+        ),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor is 2.0"),
     ],
 )
@@ -227,12 +299,23 @@ def test_the_dtype_of_the_source_is_forgotten(tmp_path):
     assert transformers.LlamaForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_cast_that_loses_numbers_is_refused(tmp_path):
-    large = PARAMS | {"model.norm.weight": np.full(64, 1e5, np.float32)}
-    source = write_folder(tmp_path / "model", large)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight holds numbers that float16 cannot; choose --dtype bf"):
-        convert(source, tmp_path / "out", dtype="float16")
+@pytest.mark.parametrize(
+    ("number", "stored", "dtype", "way_out"),
+    [
+        (1e5, np.float32, "float16", "choose --dtype bfloat16 or float32"),
+        (3.4e38, np.float32, "bfloat16", "choose --dtype float32"),
+        (1e300, np.float64, "float32", "leave --dtype out"),
+    ],
+)
+def test_a_cast_that_loses_numbers_is_refused(tmp_path, number, stored, dtype, way_out):
+    large = np.array([number, np.nan, np.inf] + [1.0] * 61, stored)  # of which the last two are as large as before
+    source = write_folder(tmp_path / "model", PARAMS | {"model.norm.weight": large})
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight holds numbers that {dtype} cannot; {way_out}"):
+        convert(source, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out" / "config.json").exists()
+    large[0] = 1
+    write_folder(source, PARAMS | {"model.norm.weight": large})
+    assert convert(source, tmp_path / "out", dtype=dtype)
 
 
 # --- the files ---
@@ -286,11 +369,15 @@ def test_the_tokenizer_keeps_its_prefix_space(tmp_path):
 def test_a_folders_own_tokenizer_files_are_kept(tmp_path, smollm2):
     source = write_folder(tmp_path / "model", PARAMS)
     written = {"tokenizer.json": (smollm2 / "tokenizer.json").read_bytes(), "special_tokens_map.json": b"{}\n",
-               "tokenizer_config.json": b'{"model_max_length":   7}', "chat_template.jinja": b"{{ 1 }}"}  # fmt: skip
+               "tokenizer_config.json": b'{"model_max_length":   7}', "chat_template.jinja": b"{{ 1 }}",
+               "additional_chat_templates/tools.jinja": b"{{ 2 }}"}  # fmt: skip
+    (source / "additional_chat_templates").mkdir()
     for name, contents in written.items():
         (source / name).write_bytes(contents)
     out = convert(source, tmp_path / "out")
     assert {name: (out / name).read_bytes() for name in written} == written
+    convert(write_folder(tmp_path / "other", PARAMS), out, force=True)
+    assert not any((out / name).exists() for name in written)  # they were the other model's
 
 
 def test_without_a_tokenizer_that_is_said(tmp_path):
@@ -298,12 +385,43 @@ def test_without_a_tokenizer_that_is_said(tmp_path):
         convert(write_meta(tmp_path / "meta", PARAMS), tmp_path / "out")
     with pytest.warns(UserWarning, match=r"no tokenizer is written: .*tokenizer\.model does not exist"):
         convert(tmp_path / "out", tmp_path / "back", to="meta")
+    with pytest.warns(UserWarning, match=r"no tokenizer is written: .*model\.gguf holds no tokenizer"):
+        convert(write_gguf(tmp_path / "model.gguf", PARAMS), tmp_path / "from_gguf")
 
 
 def test_what_is_no_float_is_refused(tmp_path):
     source = write_folder(tmp_path / "model", PARAMS | {"model.norm.weight": np.ones(64, np.int32)})
     with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as int32; convertible are float64, float32"):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(0, 2**62, 2**62), (1,) * 65])
+def test_shapes_that_cannot_be_are_named(tmp_path, shape):
+    class Absurd(HuggingFaceFolder):
+        @property
+        def tensors(self):
+            return super().tensors | {"model.norm.weight": Stored(np.dtype(np.float32), shape)}
+
+    with pytest.raises(ValueError, match=r"model: model\.norm\.weight cannot have the shape"):
+        convert(Absurd(write_folder(tmp_path / "model", PARAMS)), tmp_path / "out")
+
+
+def test_a_base_model_is_called_one(tmp_path):
+    source = write_folder(tmp_path / "model", {n.removeprefix("model."): a for n, a in PARAMS.items() if "lm" not in n})
+    with pytest.raises(ValueError, match=r"model holds a base model, without .*; save it as a LlamaForCausalLM first"):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["folder", "meta", "gguf"])
+def test_a_model_in_memory_is_no_part_of_its_files(tmp_path, kind):
+    with_tokens = lambda path, params: write_gguf(path, params, extra=tokens)  # noqa: E731
+    places = {"folder": write_folder, "meta": write_meta, "gguf": with_tokens}
+    source = open_checkpoint(places[kind](tmp_path / f"source.{kind}", PARAMS))
+    norm = source.read("model.norm.weight")
+    norm.fill(7)  # as training would, in a model that shares its memory
+    out = open_checkpoint(convert(source, tmp_path / "out", verify=True))
+    np.testing.assert_array_equal(out.read("model.norm.weight"), PARAMS["model.norm.weight"].astype(norm.dtype))
+    assert (norm == 7).all()
 
 
 # --- in bounded memory ---
@@ -367,13 +485,99 @@ def test_another_model_in_the_folder_is_kept_unless_force(tmp_path):
 def test_other_settings_and_other_sources_are_refused_unless_force(tmp_path):
     source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
     convert(source, out)
-    with pytest.raises(ValueError, match=r"out holds a conversion with --dtype None; name another folder"):
+    with pytest.raises(ValueError, match=r"out holds a conversion without --dtype; name another folder"):
         convert(source, out, dtype="bfloat16")
     convert(source, out, dtype="bfloat16", force=True)
     assert_equal(tensors_of(out), cast(PARAMS, torch.bfloat16))
     write_folder(source, random_params(seed=1))
     with pytest.raises(ValueError, match="of another source, or of this one before it changed"):
         convert(source, out, dtype="bfloat16")
+
+
+def test_two_models_in_a_folder_are_two_sources(tmp_path):
+    source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
+    save_file(cast(random_params(seed=1), torch.float32), source / "b.safetensors")
+    (source / "model.safetensors").rename(source / "a.safetensors")
+    convert(source / "a.safetensors", out)
+    with pytest.raises(ValueError, match="a conversion of another source"):
+        convert(source / "b.safetensors", out)
+    convert(source / "b.safetensors", out, force=True)
+    assert_equal(tensors_of(out), cast(random_params(seed=1), torch.float32))
+
+
+@pytest.mark.parametrize("limits", [("5GB", "5GB"), ("5GB", "40KB"), ("40KB", "5GB"), ("40KB", "40KB")])
+def test_what_was_trained_since_is_kept_unless_force(tmp_path, limits):
+    source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
+    convert(source, out, max_shard_size=limits[0])
+    model = LlamaForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    model.save_pretrained(out, max_shard_size=limits[1])
+    with pytest.raises(ValueError, match=r"out\S+ is not as the conversion left it; name another .* --force"):
+        convert(source, out, max_shard_size=limits[0])
+    assert torch.equal(tensors_of(out)["model.norm.weight"], model.model.norm.weight)
+    convert(source, out, max_shard_size=limits[0], force=True)
+    assert_equal(tensors_of(out), cast(PARAMS, torch.float32))
+
+
+@pytest.mark.parametrize("contents", ["{", "[]", '{"sha256": null}', '{"sha256": {"model.safetensors": 1}}'])
+def test_a_broken_manifest_is_no_conversion(tmp_path, contents):
+    source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
+    convert(source, out)
+    manifest = json.loads((out / "conversion.json").read_text())
+    if "null" in contents:
+        contents = json.dumps(manifest | {"sha256": None})
+    (out / "conversion.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"out holds something that is no conversion of this source; .* --force"):
+        convert(source, out)
+    convert(source, out, force=True)
+    assert json.loads((out / "conversion.json").read_text()) == manifest
+
+
+def test_only_files_of_the_conversion_are_taken_away(tmp_path):
+    source = write_folder(tmp_path / "model", PARAMS)
+    out = write_folder(tmp_path / "out", random_params(seed=1))
+    (out / "holiday.mkv.partial").write_text("mine")
+    (out / ".partial").mkdir()  # of a save_pretrained that was killed
+    (out / "model.safetensors.partial").write_text("ours")
+    (out / "tokenizer.json").symlink_to(tmp_path / "gone")
+    convert(source, out, force=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".partial", "config.json", "conversion.json", "holiday.mkv.partial", "model.safetensors"
+    ]  # fmt: skip
+
+
+def test_a_finished_model_stays_whole_while_it_is_looked_at_again(tmp_path, monkeypatch):
+    source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
+    convert(source, out)
+    (out / "chat_template.jinja").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "_digest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out)
+    for _ in range(2):
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        convert(source, out)
+
+
+def test_what_is_open_cannot_be_removed_on_windows(tmp_path, monkeypatch):
+    source, real, tried = write_folder(tmp_path / "model", PARAMS), os.unlink, []
+
+    def unlink(path, **options):
+        if str(path).endswith(".lock") and not tried:
+            tried.append(path)
+            raise PermissionError(13, "it is in use", str(path))
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    out = convert(source, tmp_path / "out")
+    assert tried
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "conversion.json", "model.safetensors"]
 
 
 def test_places_that_cannot_be_are_refused(tmp_path):
@@ -411,7 +615,9 @@ def test_the_documents_own_line_works(tmp_path):
     write_meta(tmp_path / "in" / "7B", PARAMS, dtype=torch.bfloat16)
     (tmp_path / "in" / "tokenizer.model").write_bytes(sentencepiece_models.llama_like())
     said = ("--input_dir", tmp_path / "in", "--model_size", "7B", "--output_dir", tmp_path / "out")
-    done = llama("convert", *said)
+    small = "import llama.checkpoints.meta as meta; meta.SIZES['7B'] = 38_720e-9, 1; from llama.cli import main; main()"
+    command = [sys.executable, "-c", small, "convert", *map(str, said)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'out'}\n", "")
     assert_equal(tensors_of(tmp_path / "out"), cast(PARAMS, torch.bfloat16))
     hyphens = ("--input-dir", tmp_path / "in", "--num-shards", "1", "--output-dir", tmp_path / "out2", "--verify",
@@ -424,12 +630,17 @@ def test_the_documents_own_line_works(tmp_path):
     [
         (["{meta}"], 2, "give WHERE and OUT, or --input-dir and --output-dir"),
         (["{meta}", "{out}", "--output_dir", "{out}"], 2, "give WHERE and OUT"),
-        (["{meta}", "{out}", "--model_size", "13B"], 1, "holds 1 shards; model_size 13B means 2"),
-        (["{meta}", "{out}", "--num_shards", "4"], 1, "holds 1 shards; num_shards 4 means 4"),
+        (["{meta}", "{out}", "--model_size", "13B"], 1, "holds 1 shard; model_size 13B means 2"),
+        (["{meta}", "{out}", "--num_shards", "4"], 1, "holds 1 shard; num_shards 4 means 4"),
         (["{meta}", "{out}", "--llama_version", "3.1"], 1, "not 3.1; correct llama_version"),
         (["{meta}", "{out}", "--safe_serialization", "False"], 2, "leave --safe-serialization out"),
         (["{meta}", "{meta}"], 1, "is where the source lies"),
         (["{meta}/nowhere", "{out}"], 1, "nowhere does not exist"),
+        (
+            ["{meta}", "/proc/out"],
+            1,
+            "llama: /proc/out cannot be made (No such file or directory); name another folder",
+        ),
         (["{meta}/params.json", "{out}"], 1, "params.json"),
     ],
 )

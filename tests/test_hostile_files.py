@@ -29,6 +29,7 @@ from llama.info import info
 
 SMALL = FIELDS | {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
                   "num_key_value_heads": 1, "vocab_size": 6}  # fmt: skip
+NAMED = SMALL | {"architectures": ["LlamaForCausalLM"]}
 PARAMS = random_params(SMALL)
 ROOM = 400 << 20  # bytes that reading a file of a few kB may take; a damaged length asks for far more
 PATIENCE = 20  # seconds
@@ -201,6 +202,8 @@ PICKLES = {
     "a memory of billions": (lambda p: torch_zip(p, b"\x80\x02}r\xff\xff\xff\xff."), None),
     "a text of an exabyte": (lambda p: torch_zip(p, b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b"a."), "damaged"),
     "bytes of an exabyte": (lambda p: torch_zip(p, b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"a."), "damaged"),
+    "half a million lists": (lambda p: torch_zip(p, b"\x80\x02" + b"]" * (1 << 20) + b"."), "pickle in it is too long"),
+    "megabytes of lists": (lambda p: torch_zip(p, b"\x80\x02" + b"]" * (1 << 23) + b"."), "data.pkl is too large"),
     "tuples in tuples": (deep(b"\x85"), "a key in it is a tuple"),
     "a list of itself": (lambda p: torch_zip(p, b"\x80\x02]q\x00h\x00a."), "should hold tensors by name"),
     "a stack that is empty": (lambda p: torch_zip(p, b"\x80\x02ss."), "damaged"),
@@ -218,7 +221,8 @@ PICKLES = {
     "a storage behind the end": (behind_the_end, "data/0 is cut short"),
     "a negative length": (lie(length=-1), "points to no storage"),
     "a tensor too long": (lie(shape=(5,)), r"shape \(5,\) does not fit"),
-    "an endless tensor": (lie(shape=(1 << 40,), strides=(0,)), "does not fit"),
+    "an endless tensor": (lie(shape=(1 << 40,), strides=(0,)), "a of shape .* repeats the 4 numbers it has"),
+    "an expanded tensor": (lambda p: saved(p, {"a": torch.ones(3).expand(2, 3)}), "a of shape .*after contiguous"),
     "endless and empty": (lie(shape=(0, 1 << 62), strides=(1, 1)), None),
     "a tensor behind its end": (lie(offset=1), "does not fit"),
     "a negative offset": (lie(offset=-1), "a tensor in it is damaged"),
@@ -351,6 +355,57 @@ def test_links_to_files_elsewhere_are_followed_and_paths_are_not(tmp_path):
     (folder / "model.safetensors").symlink_to(folder / "model.safetensors")  # to itself
     with pytest.raises((ValueError, OSError)):
         reference.load(folder)
+
+
+# --- values of the wrong type, and a machine that cannot -------------------------------------------------------------
+
+OF_ANY_TYPE = ["x", 2**64 - 1, -1, 0, 0.5, float("nan"), True, [1, 2], ["x"], [0.5]]
+
+
+def test_a_field_of_gguf_can_be_of_any_type(tmp_path):
+    import gguf
+
+    small_chat(tmp_path)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    names = [name for name in reader.fields if name.startswith(("llama.", "tokenizer.", "general."))]
+    more = ["llama.rope.scaling.type", "llama.rope.dimension_count", "tokenizer.ggml.bos_token_id", "split.count"]
+    fields = SMALL | {"vocab_size": 258}
+    params, well = random_params(fields), 0
+    for name in [*names, *more]:
+        for number, value in enumerate(OF_ANY_TYPE):
+
+            def put(writer, name=name, value=value):
+                kind = gguf.GGUFValueType.UINT64 if value == 2**64 - 1 else gguf.GGUFValueType.get_type(value)
+                writer.kv_data[0].pop(name, None)
+                writer.add_key_value(name, value, kind)
+
+            path = write_gguf(tmp_path / f"{name}{number}.gguf", params, fields, extra=put)
+            with little_room():
+                well += survives(tell, path)
+                survives(tokenizer, path)
+            path.unlink()
+    assert well  # some are harmless
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "consolidated.00.pth", "m.gguf"])
+def test_a_file_that_memory_does_not_suffice_for_is_not_called_damaged(tmp_path, name):
+    if name == "m.gguf":
+        where = path = small_gguf(tmp_path) / name
+    else:
+        where = (write_meta if name.endswith("pth") else write_folder)(tmp_path, PARAMS, SMALL)
+        path = where / name
+    with open(path, "r+b") as file:
+        whole = file.read()
+        file.truncate(2 * ROOM)
+        if name.endswith("pth"):  # a zip's directory is at the end
+            file.seek(-len(whole), os.SEEK_END)
+            file.write(whole)
+    with (
+        little_room(),
+        pytest.raises(OSError, match=r"could not be read .*Cannot allocate memory.* may be whole") as caught,
+    ):
+        dict(open_checkpoint(where).tensors)
+    assert str(path) in str(caught.value)
 
 
 # --- any byte of any header ------------------------------------------------------------------------------------------
@@ -497,7 +552,7 @@ SENTENCEPIECE = sentencepiece_models.llama_like
 FORMATS = {
     "safetensors": ("model.safetensors", lambda d: write_folder(d, PARAMS, SMALL), MODEL, damaged_header, 1000, 300),
     "index": (INDEX, lambda d: write_folder(d, PARAMS, SMALL, 2), MODEL, damaged_json, 9999, 150),
-    "config.json": ("config.json", lambda d: write_folder(d, PARAMS, SMALL), MODEL, damaged_json, 9999, 300),
+    "config.json": ("config.json", lambda d: write_folder(d, PARAMS, NAMED), MODEL, damaged_json, 9999, 300),
     "generation_config.json": ("generation_config.json", with_generation, MODEL[2:], damaged_json, 9999, 100),
     "params.json": ("params.json", small_meta, MODEL, damaged_json, 9999, 300),
     "pth": ("consolidated.00.pth", small_meta, MODEL, damaged_bytes, 2500, 300),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_files import FIELDS, random_params, write_chat_model, write_folder
 from hub_server import Repository, files_of, running
 from meta_files import write_meta
@@ -25,7 +26,7 @@ NOISE = {
     "model.onnx": b"x",
     "tokenizer.py": b"x",
 }
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,38 @@ def test_each_gets_its_own_files_and_no_more(hub, chat_model):
     steps = ["generation_config.json"], ["config.json", "generation_config.json"], SMALL, sorted([*SMALL, WEIGHTS])
     assert held == [str(names) for names in steps]
     assert sorted(hub.downloaded()) == steps[-1]
+
+
+def test_what_a_model_is_is_told_without_its_weights(hub, chat_model, sharded):
+    hub.repositories |= {"org/one": Repository({"main": chat_model}), "org/three": Repository({"main": sharded})}
+    for name, small, files in (("one", ["config.json"], "1 file"), ("three", ["config.json", INDEX], "3 files")):
+        told = command("info", f"org/{name}")
+        assert (told.returncode, told.stderr) == (0, "")
+        assert f"Hugging Face's safetensors, {files}:" in told.stdout
+        asked = {(path.rsplit("/", 1)[1], part) for method, path, part, _ in hub.log if method == "GET"}
+        assert {part for file, part in asked if file.endswith(WEIGHTS[5:])} == {"bytes=0-100000"}
+        whole = Path(told.stdout.split()[1])
+        assert sorted(os.listdir(whole)) == small
+        ask(f"find('org/{name}', wanted='parameters')")
+        hub.log.clear()
+        again = command("info", f"org/{name}")
+        assert again.stdout == told.stdout
+        assert not hub.log
+    missing = command("info", "org/none")
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+    assert "has no model of that name" in missing.stderr
+
+
+def test_what_a_model_is_is_told_without_its_tokenizer_where_it_has_to_come_whole(hub, chat_model, tmp_path):
+    folder = write_folder(tmp_path / "bin", PARAMS)
+    torch.save({n: torch.tensor(a) for n, a in PARAMS.items()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    hub.repositories["org/bin"] = Repository({"main": chat_model | files_of(folder)})
+    hub.repositories["org/bin"].branches["main"].pop(WEIGHTS)
+    told = command("info", "org/bin")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "Hugging Face's .bin, 1 file:" in told.stdout
+    assert not any("token" in name for name in hub.downloaded())
 
 
 def test_commands_take_an_id(hub, chat_model):
@@ -270,15 +303,13 @@ def test_what_is_not_there_is_said_in_a_sentence(hub, chat_model, tmp_path):
     )
     del hub.repositories["org/index"].branches["main"][WEIGHTS]
     no, lacking, shard, *paths = ask(
-        "wrong = 'a/b/c', 'a--b/c', 'a/b.', './a/b', 'a/b/', '/a/b', 'https://hub.co/a/b', 'b'\n"
+        "wrong = 'a/b/c', 'a--b/c', 'a/b.', './a/b', 'a/b/', '/a/b', 'b'\n"
         "for where in ('org/typo', 'org/tiny', 'org/index', *wrong): said(lambda: find(where))"
     )
     assert "no model of that name, or a private one" in no
     assert lacking == "FileNotFoundError: org/tiny on the Hub has no config.json or params.json"
     assert shard == ("FileNotFoundError: org/index on the Hub has no gone.safetensors, which its other files ask for")
-    for path, said in zip(
-        ("a/b/c", "a--b/c", "a/b.", "./a/b", "a/b/", "/a/b", "https://hub.co/a/b", "b"), paths, strict=True
-    ):
+    for path, said in zip(("a/b/c", "a--b/c", "a/b.", "./a/b", "a/b/", "/a/b", "b"), paths, strict=True):
         assert said.startswith(f"FileNotFoundError: {path} does not exist; give a folder with config.json")
     done = command("generate", "-m", "org/typo", "Hi")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)

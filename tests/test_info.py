@@ -12,6 +12,7 @@ from safetensors.torch import save_file as save_torch
 
 from llama import LlamaForCausalLM, reference
 from llama.checkpoints import open_checkpoint, stored
+from llama.checkpoints.convert import convert
 from llama.cli import cli
 from llama.info import in_bytes, info
 
@@ -158,12 +159,50 @@ def test_other_types_are_told_too(tmp_path):
     assert info(open_checkpoint(folder)).stored == {"float8_e4m3fn": 38720}
 
 
+@pytest.mark.parametrize("value", [{}, {"a": 1}, [], "x", 1, None, [1]])
+def test_an_architecture_of_any_kind_is_told(tmp_path, value):
+    folder = write_folder(tmp_path, PARAMS, FIELDS | {"architectures": value})
+    assert info(open_checkpoint(folder)).architecture == ("1" if value == [1] else "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"model holds no model: no config\.json .* no params\.json with consolidated\.\*\.pth, no \.gguf file"),
+        (["notes.txt", "a.gguf"], r"model is no model, but holds one; give \S+/model/a\.gguf"),
+        (["conversion.json", "model.safetensors"], "is an unfinished conversion; run the same `llama convert` again"),
+        (["conversion.json", "consolidated.00.pth"], "is an unfinished conversion; run the same `llama convert` again"),
+        (["conversion.json"], "is an unfinished conversion; run the same `llama convert` again"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_told_in_one_way(tmp_path, names, message):
+    (tmp_path / "model").mkdir()
+    for name in names:
+        (tmp_path / "model" / name).touch()
+    for use in (info, lambda checkpoint: convert(checkpoint, tmp_path / "out")):
+        with pytest.raises(FileNotFoundError, match=message):
+            use(open_checkpoint(tmp_path / "model"))
+
+
+def test_a_configuration_that_does_not_fit_is_named(tmp_path):
+    folder = write_folder(tmp_path, random_params(), FIELDS | {"intermediate_size": 64})
+    with pytest.raises(ValueError, match=r"gate_proj\.weight has shape \(32, 64\); .* asks for \(64, 64\)\. Correct"):
+        info(open_checkpoint(folder))
+
+
 def test_what_cannot_be_told_is_named(tmp_path):
     folder = write_folder(tmp_path, PARAMS, FIELDS | {"num_attention_heads": 5})
     with pytest.raises(ValueError, match=r"num_attention_heads \(5\)") as caught:
         info(open_checkpoint(folder))
     assert str(tmp_path) in str(caught.value)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON") as caught:
+        info(open_checkpoint(folder))
+    assert str(caught.value).count(str(tmp_path)) == 1
     said(tmp_path, "--tokens", 0, ok=False)
+    write_folder(tmp_path / "empty", {})
+    with pytest.raises(ValueError, match=r"empty/model\.safetensors holds no tensors; fetch it anew"):
+        info(open_checkpoint(tmp_path / "empty"))
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         info(open_checkpoint(write_folder(tmp_path, PARAMS)), batch=0)
 
@@ -171,7 +210,7 @@ def test_what_cannot_be_told_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (12345, "12.3 kB"), (999_499, "999 kB"),
-     (999_500, "1.00 MB"), (138e9, "138 GB"), (9.87e12, "9.87 TB")],
+     (999_500, "1.00 MB"), (9_996, "10.0 kB"), (99_960, "100 kB"), (138e9, "138 GB"), (9.87e12, "9.87 TB")],
 )  # fmt: skip
 def test_bytes_are_said_in_three_digits(count, text):
     assert in_bytes(int(count)) == text

@@ -1,5 +1,6 @@
 """Meta's layout: what transformers' script and Meta's own code make of it, and how each lie in the files is named."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ import torch
 from checkpoint_files import FIELDS, random_params, write_folder
 from meta_files import write_hollow_meta, write_meta
 
-from llama import LlamaForCausalLM, load_tokenizer, reference
+from llama import GenerationConfig, LlamaForCausalLM, load_tokenizer, reference
 from llama.checkpoints import names, open_checkpoint
-from llama.checkpoints.meta import MetaFolder
+from llama.checkpoints.convert import convert
+from llama.checkpoints.meta import SIZES, MetaFolder
+from llama.checkpoints.pickles import TorchZip
 
 PARAMS = random_params()
 MHA = FIELDS | {"num_key_value_heads": 4}
@@ -103,7 +106,13 @@ def model_file(folder):
     return path
 
 
-def test_the_tokenizer_lies_beside_or_above_and_is_missed_only_when_asked_for(tmp_path):
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Models of 13 billion parameters have 38,720."""
+    monkeypatch.setitem(SIZES, "13B", (38_720e-9, 2))
+
+
+def test_the_tokenizer_lies_beside_or_above_and_is_missed_only_when_asked_for(tmp_path, small_sizes):
     write_meta(tmp_path / "7B", PARAMS)
     checkpoint = open_checkpoint(tmp_path)  # as LLaMA 1 came: a folder for each size, the tokenizer above them
     assert checkpoint.path == tmp_path / "7B"
@@ -115,7 +124,13 @@ def test_the_tokenizer_lies_beside_or_above_and_is_missed_only_when_asked_for(tm
     assert tokenizer.encode("a").tokens == ["<s>", "▁a"]
     assert config["bos_token"] == "<s>"
     assert MetaFolder(tmp_path / "7B").tokenizer()[0].encode("word").ids == tokenizer.encode("word").ids
+    assert load_tokenizer(tmp_path / "7B").encode("a") == load_tokenizer(tmp_path).encode("a")
     write_meta(tmp_path / "13B", PARAMS, shards=2)
+    tokenizer.save(str(tmp_path / "13B" / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").unlink()
+    assert MetaFolder(tmp_path / "13B").tokenizer()[0].encode("word").ids == tokenizer.encode("word").ids
+    out = convert(tmp_path / "13B", tmp_path / "out")
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "13B" / "tokenizer.json").read_bytes()
     with pytest.raises(ValueError, match="holds several models; give the folder of one of them: 13B, 7B"):
         open_checkpoint(tmp_path)
     assert MetaFolder(tmp_path, model_size="13B").path == tmp_path / "13B"
@@ -129,11 +144,11 @@ VERSIONS = {  # params.json's entries, the weights and their dtype -> the versio
     "1": ({"rope_theta": None, "n_kv_heads": None}, PARAMS, torch.float16, "1", 2048, 2, None),
     "2": ({"rope_theta": None}, PARAMS, torch.bfloat16, "2", 4096, 2, None),
     "Code Llama": ({"rope_theta": 1e6}, PARAMS, torch.bfloat16, "2", 16384, 2, None),
-    "3": (THIRD, PARAMS, torch.bfloat16, "3", 8192, 128001, None),
-    "3.1": (SCALED, PARAMS, torch.bfloat16, "3.1", 131072, 128001, 8.0),
-    "3.2 without a head": (SCALED, TIED, torch.bfloat16, "3.2", 131072, 128001, 32.0),
-    "3.2 with the head again": (SCALED, SAME_HEAD, torch.bfloat16, "3.2", 131072, 128001, 32.0),
-    "a factor that is said": (SCALED | {"rope_scaling_factor": 9.0}, PARAMS, torch.float16, "3.1", 131072, 128001, 9.0),
+    "3": (THIRD, PARAMS, torch.bfloat16, "3", 8192, None, None),
+    "3.1": (SCALED, PARAMS, torch.bfloat16, "3.1", 131072, None, 8.0),
+    "3.2 without a head": (SCALED, TIED, torch.bfloat16, "3.2", 131072, None, 32.0),
+    "3.2 with the head again": (SCALED, SAME_HEAD, torch.bfloat16, "3.2", 131072, None, 32.0),
+    "a factor that is said": (SCALED | {"rope_scaling_factor": 9.0}, PARAMS, torch.float16, "3.1", 131072, None, 9.0),
 }  # fmt: skip
 
 
@@ -157,13 +172,25 @@ def test_a_vocabulary_of_llama_3s_size_is_llama_3(tmp_path):
     fields = FIELDS | {"vocab_size": 128256, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
     checkpoint = open_checkpoint(write_hollow_meta(tmp_path, fields, 2, torch.bfloat16, 0, {"rope_theta": 1e6}))
     assert (checkpoint.version, checkpoint.config["vocab_size"]) == ("3", 128256)
+    ends = {"bos_token_id": 128000, "eos_token_id": 128001}
+    assert ends.items() <= checkpoint.config.items()
+    assert ends.items() <= checkpoint.generation_config.items()
     assert not checkpoint.config["tie_word_embeddings"]  # all zeros are not the same, but nothing
 
 
 def test_a_model_to_talk_with_ends_with_its_turn(tmp_path):
-    folder = write_meta(tmp_path / "Llama3.1-8B-Instruct", PARAMS, said=SCALED, embedding_axis=0)
+    fields = FIELDS | {"vocab_size": 128256, "hidden_size": 8, "num_attention_heads": 2}
+    folder = write_hollow_meta(tmp_path / "Llama3.1-8B-Instruct", fields, 1, torch.bfloat16, 0, SCALED)
     assert open_checkpoint(folder).config["eos_token_id"] == [128001, 128008, 128009]
     assert MetaFolder(folder, instruct=False).config["eos_token_id"] == 128001
+    folder.rename(tmp_path / "original")  # as in Meta's own repositories on the Hub
+    assert open_checkpoint(tmp_path / "original").config["eos_token_id"] == 128001
+    below = tmp_path / "original"
+    for place in ("Llama-3.1-8B-Instruct", "models--org--Llama-3.1-8B-Instruct/snapshots/0123abcd"):
+        (tmp_path / place).mkdir(parents=True)
+        below = below.rename(tmp_path / place / "original")
+        assert open_checkpoint(below).config["eos_token_id"] == [128001, 128008, 128009]
+        assert GenerationConfig.from_pretrained(below).eos_token_id == [128001, 128008, 128009]
 
 
 @pytest.mark.parametrize(
@@ -175,15 +202,15 @@ def test_a_model_to_talk_with_ends_with_its_turn(tmp_path):
         ({"llama_version": "4"}, r"llama_version must be one of 1, 2, 3"),
         ({"model_size": "13B", "num_shards": 2, "llama_version": "1"}, None),
         ({"model_size": "13Bf", "llama_version": "2"}, None),
-        ({"llama_version": "3.1"}, None),  # which a model of 12 tokens may well be
+        ({"llama_version": "3.1"}, r"holds a LLaMA of version 1 or 2 by its vocabulary and params\.json, not 3\.1"),
+        ({"model_size": "405B-MP16"}, r"holds 2 shards; model_size 405B-MP16 means 16"),
     ],
 )
-def test_what_is_said_of_the_files_is_held_against_them(tmp_path, facts, message):
+def test_what_is_said_of_the_files_is_held_against_them(tmp_path, small_sizes, facts, message):
     folder = write_meta(tmp_path, PARAMS, shards=2)
     if message is None:
         config = MetaFolder(folder, **facts).config
-        assert config["max_position_embeddings"] == {"1": 2048, "2": 4096, "3.1": 131072}[facts["llama_version"]]
-        assert (config["rope_scaling"] is None) == (facts["llama_version"] != "3.1")
+        assert config["max_position_embeddings"] == {"1": 2048, "2": 4096}[facts["llama_version"]]
     else:
         with pytest.raises(ValueError, match=message):
             assert MetaFolder(folder, **facts).config
@@ -192,6 +219,7 @@ def test_what_is_said_of_the_files_is_held_against_them(tmp_path, facts, message
 @pytest.mark.parametrize(
     ("vocab_size", "said", "version", "legal"),
     [
+        (12, {}, "3", "1 or 2"),
         (32000, {}, "3", "1 or 2"),
         (128256, {}, "2", r"3 or 3\.1 or 3\.2 or Guard-3"),
         (128256, {"use_scaled_rope": True}, "3", r"3\.1 or 3\.2 or Guard-3"),
@@ -215,6 +243,51 @@ def test_a_size_is_held_against_the_parameters(tmp_path):
     assert MetaFolder(folder, model_size="7B", llama_version="1").config["intermediate_size"] == 11008
     with pytest.raises(ValueError, match=r"holds 6\.74 billion parameters; model_size 8B means 8\.03"):
         MetaFolder(folder, model_size="8B")
+    with pytest.raises(ValueError, match=r"holds 38,720 parameters; model_size 7B means 6\.74"):
+        MetaFolder(write_meta(tmp_path / "small", PARAMS), model_size="7B")
+
+
+LLAMA_1B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0}  # fmt: skip
+
+
+def test_a_head_that_repeats_the_embedding_does_not_count(tmp_path):
+    said = {"multiple_of": 256, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True}  # as in its own params.json
+    folder = write_hollow_meta(tmp_path, LLAMA_1B, 1, torch.bfloat16, 0, said)
+    shard = TorchZip(folder / "consolidated.00.pth")
+    with open(shard.path, "r+b") as file:
+        for name in ("tok_embeddings.weight", "output.weight"):
+            file.seek(shard._offsets[shard._views[name].storage.key])
+            file.write(b"\x01")
+    assert MetaFolder(folder, model_size="1B").config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("said", "facts", "names"),
+    [
+        ({}, {}, ["<|reserved_special_token_4|>", "<|eot_id|>", "<|reserved_special_token_5|>"]),
+        ({"use_scaled_rope": True}, {}, ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]),
+        ({}, {"llama_version": "3.1"}, ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]),
+    ],
+)
+def test_special_tokens_are_called_as_in_their_version(tmp_path, said, facts, names):
+    words = tmp_path / "words"
+    words.write_bytes(b"".join(base64.b64encode(bytes([n])) + b" %d\n" % n for n in range(256)))
+    folder = write_meta(tmp_path / "model", PARAMS, said=THIRD | said, embedding_axis=0, shards=2, tokenizer=words)
+    tokenizer, _ = MetaFolder(folder, **facts).tokenizer()
+    assert [tokenizer.id_to_token(256 + number) for number in (8, 9, 10)] == names
+    assert tokenizer.get_vocab_size() == 512
+    assert tokenizer.id_to_token(511) == f"<|reserved_special_token_{247 if 'python' in names[2] else 250}|>"
+    assert tokenizer.token_to_id("<|eot_id|>") == 265
+    if not facts:
+        assert load_tokenizer(folder).convert_ids_to_tokens([264, 265, 266]) == names
+
+
+def test_the_options_for_metas_files_are_for_a_folder_of_them(tmp_path):
+    path = write_meta(tmp_path, PARAMS) / "consolidated.00.pth"
+    with pytest.raises(ValueError, match=r"00\.pth is no folder of Meta's files, .* leave these out, or give a folder"):
+        MetaFolder(path, num_shards=1)
 
 
 def change(**said):
@@ -261,6 +334,14 @@ def swap(folder):
     shutil.rmtree(folder / "other")
 
 
+def exchange(folder):
+    """The shards of one model under each other's names."""
+    first, second = (folder / f"consolidated.{number:02}.pth" for number in (0, 1))
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
 SHARDS = r"consolidated\.{}\.pth"
 DAMAGE = {
     "no params": (drop("params.json"), r"params\.json does not exist"),
@@ -275,19 +356,27 @@ DAMAGE = {
     "another vocabulary": (change(vocab_size=13), r"embedding of 12 tokens, and params\.json says 13"),
     "more layers": (change(n_layers=3), SHARDS.format("00") + r": the tensor layers\.2\.\S+ is missing"),
     "endless layers": (change(n_layers=2**30), r"layers\.2\.\S+ is missing"),
-    "fewer layers": (change(n_layers=1), r"holds layers\.1\.\S+, which a LLaMA of 1 layers does not have"),
+    "fewer layers": (change(n_layers=1), r"holds layers\.1\.\S+, which a LLaMA with num_hidden_layers 1 does not"),
     "theta of text": (change(rope_theta="x"), r"rope_theta must be a number"),
     "eps of text": (change(norm_eps="x"), r"params\.json: rms_norm_eps must be a number"),
     "a first shard dropped": (drop("consolidated.00.pth"), SHARDS.format("00") + " does not exist"),
-    "a last shard dropped": (drop("consolidated.01.pth"), r"\(12, 32\), which does not fit 1 shard.* It would fit 2"),
+    "a last shard dropped": (drop("consolidated.01.pth"), r"not fit 1 shard.* fit 2 shards: \S+01\.pth is m"),
     "a shard of a wider model": (of_another({"intermediate_size": 48}), SHARDS.format("01") + r": layers\.0\.feed_"),
     "a shard of another dtype": (of_another({}, dtype=torch.bfloat16), SHARDS.format("01") + r": .* is bfloat16 of"),
     "a shard of another model": (swap, SHARDS.format("01") + r" holds another \S+norm\.weight than the shards before"),
+    "shards exchanged": (exchange, SHARDS.format("00") + r" was written as consolidated\.01\.pth: the shards have"),
     "a tensor lost": (edit(1, lambda t: t.pop("norm.weight")), SHARDS.format("01") + ": the tensor norm.weight is"),
     "a tensor too many": (edit(1, lambda t: t.update(x=torch.ones(2))), SHARDS.format("01") + " holds x, which"),
     "no embedding": (edit(0, lambda t: t.pop("tok_embeddings.weight")), "lacks the tensor tok_embeddings"),
     "a matrix of rank 3": (edit(0, lambda t: t["layers.0.attention.wq.weight"].resize_(2, 2, 2)), "a matrix"),
 }  # fmt: skip
+
+
+def test_the_shard_that_is_missing_is_named_by_the_width_too(tmp_path):
+    folder = write_meta(tmp_path, PARAMS, shards=2, embedding_axis=0)
+    (folder / "consolidated.01.pth").unlink()
+    with pytest.raises(ValueError, match=r"of width 16, and .* makes it 32; consolidated\.01\.pth is missing, or"):
+        assert MetaFolder(folder).config
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

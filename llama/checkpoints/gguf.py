@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from ..reference.rope import deinterleave
 from ..tokenization.building import LLAMA3_WORDS, sentencepiece_bpe
-from .names import rename, rotated_heads
-from .stored import MappedFile, Stored, dtype_of
+from .names import EMBEDDING, HEAD, rename, rotated_heads
+from .stored import MappedFile, Stored, dtype_of, release, unreadable
 
 ROPE_DIVISORS = "rope_freqs.weight"
 KINDS = gguf.GGMLQuantizationType
@@ -39,7 +39,13 @@ class GGUFFile:
             self._tensors = {rename(t.name, "gguf", "hugging_face") or t.name: t for t in reader.tensors}
             self._data = MappedFile(path)
         except Exception as error:  # on damaged bytes the library raises whatever it trips over
-            raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it anew") from error
+            raise unreadable(path, "no GGUF file", error) from error
+        parts = self._field("split.count", 0)
+        if parts not in (0, 1):
+            raise ValueError(
+                f"{path} is one of the {parts} parts of a model; join them with llama.cpp's "
+                "`llama-gguf-split --merge`, which takes the first part and the file to write"
+            )
         architecture = self._field("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{path} holds a model of architecture {architecture!r}; only 'llama' can be read")
@@ -59,12 +65,14 @@ class GGUFFile:
             raise ValueError(f"{self.path} lacks the field llama.{name}")
         if isinstance(value, list):
             raise ValueError(f"{self.path}: llama.{name} differs by layer, which no LLaMA does")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{self.path}: llama.{name} must be a number, got {value!r}")
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     @cached_property
     def config(self) -> dict[str, Any]:
         heads, hidden_size = self._number("attention.head_count"), self._number("embedding_length")
-        if "model.embed_tokens.weight" not in self._tensors:
+        if EMBEDDING not in self._tensors:
             raise ValueError(f"{self.path} lacks the tensor token_embd.weight")
         theta, scaling = self._number("rope.freq_base", 10000.0), self._rope_scaling()
         head_dim = self._number("attention.key_length", hidden_size // max(heads, 1))
@@ -75,7 +83,7 @@ class GGUFFile:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": int(self._tensors["model.embed_tokens.weight"].shape[1]),
+            "vocab_size": int(self._tensors[EMBEDDING].shape[1]),
             "hidden_size": hidden_size,
             "intermediate_size": self._number("feed_forward_length"),
             "num_hidden_layers": self._number("block_count"),
@@ -87,7 +95,7 @@ class GGUFFile:
             "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
             "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._tensors,
-            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "tie_word_embeddings": HEAD not in self._tensors,
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
@@ -142,18 +150,28 @@ class GGUFFile:
             return data
         if len(data) % (2 * heads):
             raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, too many or few for its heads")
-        return deinterleave(data, heads)
+        reordered = deinterleave(data, heads)
+        if not np.shares_memory(reordered, data):
+            release(data)
+        return reordered
 
     def _array(self, tensor: gguf.ReaderTensor) -> np.ndarray:
         if tensor.tensor_type in DTYPES:
             return self._data.array(_stored(tensor), tensor.data_offset)
+        quantised = self._data.array(Stored(tensor.data.dtype, tensor.data.shape), tensor.data_offset)
         try:
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.quants.dequantize(quantised, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise ValueError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be dequantised") from error
+        finally:
+            release(quantised)
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
+        if "tokenizer.ggml.model" not in self._fields:
+            raise FileNotFoundError(
+                f"{self.path} holds no tokenizer; convert it, and put a tokenizer.json into the new folder"
+            )
         try:
             return self._build_tokenizer()
         except Exception as error:  # the library raises plain Exception where parts do not fit together

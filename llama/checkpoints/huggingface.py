@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ..tokenization.fast import read_tokenizer_json
 from .pickles import TorchZip, is_zip
-from .stored import MappedFile, Stored
+from .stored import MappedFile, Stored, unreadable
 
 WEIGHTS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -39,6 +39,8 @@ class HuggingFaceFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        if not (self.path / "config.json").exists():
+            check_whole(self.path)
         return read_json(self.path / "config.json", hint="a model folder holds its configuration there")
 
     @cached_property
@@ -61,10 +63,13 @@ class HuggingFaceFolder:
         for name, opened in ((self._weights or WEIGHTS, SafetensorsFile), (BIN, _torch_file)):
             if (self.path / name).exists():
                 file = opened(self.path / name)
+                if not file.tensors:
+                    raise ValueError(f"{file.path} holds no tensors; fetch it anew")
                 return dict.fromkeys(file.tensors, file)
             index = self.path / f"{name}.index.json"
             if index.exists():
                 return self._shards(index, opened)
+        check_whole(self.path)
         raise FileNotFoundError(
             f"{self.path} holds neither {WEIGHTS} nor {BIN}, nor an index of shards: there are no weights to read"
         )
@@ -102,6 +107,26 @@ class HuggingFaceFolder:
         return tokenizer, config
 
 
+def check_whole(folder: Path) -> None:
+    """Say what a folder is in which a file of a model is missing, where there is more to say than its name.
+
+    Raises:
+        FileNotFoundError: it is an unfinished conversion, or holds GGUF files or nothing of a model at all.
+    """
+    if (folder / "conversion.json").exists():
+        raise FileNotFoundError(f"{folder} is an unfinished conversion; run the same `llama convert` again")
+    if is_hugging_face(folder) or (folder / "config.json").exists() or any(folder.glob("consolidated.*.pth")):
+        return
+    if ggufs := sorted(folder.glob("*.gguf")):
+        raise FileNotFoundError(
+            f"{folder} is no model, but holds {'one' if len(ggufs) == 1 else 'some'}; give {ggufs[0]}"
+        )
+    raise FileNotFoundError(
+        f"{folder} holds no model: no config.json with {WEIGHTS} or {BIN}, no params.json with consolidated.*.pth, "
+        "no .gguf file"
+    )
+
+
 def is_hugging_face(path: Path) -> bool:
     """Whether a folder holds weights under Hugging Face's names."""
     return any((path / f"{name}{index}").exists() for name in (WEIGHTS, BIN) for index in ("", ".index.json"))
@@ -130,11 +155,11 @@ class SafetensorsFile:
         self.path = path
         try:
             with safe_open(path, framework="numpy"):
-                pass
+                self._data = MappedFile(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it anew") from error
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise unreadable(path, "no safetensors file", error) from error
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -146,7 +171,6 @@ class SafetensorsFile:
                 raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
             self.tensors[name] = Stored(np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]))
             self._offsets[name] = 8 + length + entry["data_offsets"][0]
-        self._data = MappedFile(path)
 
     def read(self, name: str) -> np.ndarray:
         return self._data.array(self.tensors[name], self._offsets[name])

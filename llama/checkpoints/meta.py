@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from ..reference import Config, parameter_shapes
 from ..reference.rope import deinterleave
 from . import names
-from .huggingface import read_json
+from .huggingface import HuggingFaceFolder, check_whole, read_json
+from .names import HEAD
 from .pickles import TorchZip
 from .stored import Stored, dtype_of, release
 
@@ -32,8 +33,7 @@ SIZES = {"1B": (1.24, 1), "3B": (3.21, 1), "7B": (6.74, 1), "8B": (8.03, 1), "13
 LENGTHS = {"1": 2048, "2": 4096, "3": 8192, "3.1": 131072, "3.2": 131072, "Guard-3": 131072}
 CODE_LENGTH = 16384  # Code Llama's, which is known by its rope_theta
 FACTORS = {"3.1": 8.0, "3.2": 32.0, "Guard-3": 8.0}  # of RoPE's scaling, where params.json asks for it
-# Llama 3 has 128256 tokens, those before it 32000, and models made for trying things out a few.
-LLAMA3_THETA, LLAMA3_VOCABULARY, SMALL_VOCABULARY = 500000.0, 100_000, 30_000
+LLAMA3_THETA, LLAMA3_VOCABULARY = 500000.0, 100_000  # Llama 3 has 128256 tokens, those before it 32000
 
 
 class Part(NamedTuple):
@@ -51,10 +51,9 @@ class MetaFolder:
     Args:
         path: where params.json is; or the folder above, which holds tokenizer.model and the model's folder.
         model_size, llama_version, num_shards: what the files are said to hold, as transformers' script takes it: "7B",
-            "3.1", 1. The files are checked against it. A model of less than a billion parameters is taken for a model
-            of any size, if it has the shards of that.
-        instruct: whether a Llama 3 is one to talk with, which ends with other tokens; by default if its folder's name
-            says so. The files do not.
+            "3.1", 1. The files are checked against it. A version also decides where they leave open which it is.
+        instruct: whether a Llama 3 is one to talk with, which ends with other tokens; by default if the name of its
+            folder or repository says so. The files do not.
 
     Raises:
         ValueError, OSError: a file is missing or damaged, or another than it should be; the message names it.
@@ -68,35 +67,52 @@ class MetaFolder:
         num_shards: int | None = None,
         instruct: bool | None = None,
     ):
+        if not path.is_dir():
+            raise ValueError(
+                f"{path} is no folder of Meta's files, which model_size, llama_version, num_shards and instruct speak "
+                "of; leave these out, or give a folder that holds consolidated.00.pth"
+            )
         self.path = _model_folder(path, model_size)
         if llama_version is not None and llama_version not in LENGTHS:
             raise ValueError(f"llama_version must be one of {', '.join(LENGTHS)}, got {llama_version!r}")
         self._said_version = llama_version
-        self._instruct = "instruct" in self.path.resolve().name.lower() if instruct is None else instruct
+        self._instruct = called_instruct(self.path) if instruct is None else instruct
         self.files = _shard_files(self.path)
         size = _size(model_size)
         for name, wanted in (("num_shards", num_shards), ("model_size", size and size[1])):
             if wanted is not None and wanted != len(self.files):
                 given = model_size if name == "model_size" else num_shards
                 raise ValueError(
-                    f"{self.path} holds {len(self.files)} shards; {name} {given} means {wanted}. "
+                    f"{self.path} holds {len(self.files)} shard{'s' * (len(self.files) != 1)}; {name} {given} means "
+                    f"{wanted}. "
                     "Correct it or leave it out, or fetch the shards that are missing"
                 )
-        count = sum(stored.size for stored in self.tensors.values()) / 1e9 if size else 0.0
-        if size and count > 1 and abs(count / size[0] - 1) > 0.03:
+        count = sum(self.tensors[n].size for n in self.tensors if n != HEAD or not self._tied) / 1e9 if size else 0.0
+        if size and abs(count / size[0] - 1) > 0.03:
+            held = f"{count:.2f} billion" if count > 0.1 else f"{count * 1e9:,.0f}"
             raise ValueError(
-                f"{self.path} holds {count:.2f} billion parameters; model_size {model_size} means {size[0]}. "
+                f"{self.path} holds {held} parameters; model_size {model_size} means {size[0]}. "
                 "Correct it or leave it out"
             )
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """The contents of params.json."""
+        if not (self.path / PARAMS).exists():
+            check_whole(self.path)
         return read_json(self.path / PARAMS, hint="Meta's checkpoints have it beside their consolidated.*.pth")
 
     @cached_property
     def _shards(self) -> list[TorchZip]:
-        return [TorchZip(path) for path in self.files]
+        shards = [TorchZip(path) for path in self.files]
+        for number, shard in enumerate(shards):
+            written = SHARD.fullmatch(f"{shard.folder}.pth")
+            if written and int(written[1]) != number:
+                raise ValueError(
+                    f"{shard.path} was written as {written[0]}: the shards have changed places; rename it back, or "
+                    "fetch them anew"
+                )
+        return shards
 
     @cached_property
     def version(self) -> str:
@@ -111,7 +127,7 @@ class MetaFolder:
             half = self._first("tok_embeddings.weight").dtype == np.float16
             found = ["1", "2"] if half and "n_kv_heads" not in self.params else ["2", "1"]
         legal = set(found) | ({"Guard-3"} if scaled else set())
-        if scaled is None and (third or self._vocab_size < SMALL_VOCABULARY):
+        if scaled is None and third:
             legal |= {"3", *FACTORS}  # what is said decides where the files do not
         if self._said_version not in (None, *legal):
             raise ValueError(
@@ -171,11 +187,13 @@ class MetaFolder:
 
     @property
     def _ends(self) -> dict[str, Any]:
-        if self.version in ("1", "2"):
-            return {"bos_token_id": 1, "eos_token_id": 2}
-        if self._instruct:
-            return {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
-        return {"bos_token_id": 128000, "eos_token_id": 128001}
+        """The tokens at the beginning and the end; None where the vocabulary does not reach to them."""
+        first, last = (1, [2]) if self.version in ("1", "2") else (128000, [128001])
+        known = [end for end in last + [128008, 128009] * self._instruct if end < self._vocab_size]
+        return {
+            "bos_token_id": first if first < self._vocab_size else None,
+            "eos_token_id": known if len(known) > 1 else known[0] if known else None,
+        }
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
@@ -201,7 +219,14 @@ class MetaFolder:
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         from ..tokenization import LlamaTokenizerFast
 
-        return LlamaTokenizerFast.from_pretrained(self.tokenizer_model).contents()
+        if self.only_tokenizer_json:
+            return HuggingFaceFolder(self.path).tokenizer()
+        return LlamaTokenizerFast.from_pretrained(self.tokenizer_model, llama_version=self.version).contents()
+
+    @property
+    def only_tokenizer_json(self) -> bool:
+        """Whether Hugging Face's tokenizer.json lies there, and no tokenizer.model."""
+        return (self.path / "tokenizer.json").exists() and not (self.path / "tokenizer.model").exists()
 
     @property
     def tokenizer_model(self) -> Path:
@@ -246,7 +271,9 @@ class MetaFolder:
             return 0
         if shape[1] * shards == width:
             return 1
-        likely = f" It would fit {width // shape[1]} shards." if shape[1] and width % shape[1] == 0 else ""
+        likely = ""
+        if shape[1] and width % shape[1] == 0:
+            likely = f" It would fit {width // shape[1]} shards: {self._missing(width, shape[1] * shards)}."
         raise ValueError(
             f"{self.files[0]}: tok_embeddings.weight has shape {shape}, which does not fit {shards} shard(s) and "
             f"a dim of {width} in {PARAMS}.{likely}"
@@ -260,7 +287,7 @@ class MetaFolder:
         if said not in (-1, None, found):
             raise ValueError(
                 f"{self.path}: {len(self.files)} shard(s) hold an embedding of {found} tokens, and {PARAMS} says "
-                f"{said!r}; a shard is missing, or {PARAMS} is another model's"
+                f"{said!r}; {self._missing(said, found)}"
             )
         return found
 
@@ -276,19 +303,24 @@ class MetaFolder:
         return bool(rows.any()) and np.array_equal(rows, same)
 
     def _check_intermediate(self, width: int, found: int) -> None:
-        """Meta's formula: ⌈f · ⌊8/3 · dim⌋ / m⌉ · m, with f and m from params.json."""
+        """Whether Meta's formula gives the width that was found."""
         if "multiple_of" not in self.params:
             return
         multiple, factor = self._number("multiple_of"), self.params.get("ffn_dim_multiplier")
-        factor = 1.0 if factor is None else factor
-        if not isinstance(factor, int | float) or not 0 < factor < 1e6:
+        if factor is not None and (not isinstance(factor, int | float) or not 0 < factor < 1e6):
             raise ValueError(f"{self.path / PARAMS}: ffn_dim_multiplier must be a positive number, got {factor!r}")
-        expected = -(-int(factor * int(8 * width / 3)) // multiple) * multiple
+        expected = intermediate_size(width, multiple, factor)
         if expected != found:
             raise ValueError(
                 f"{self.path}: {len(self.files)} shard(s) hold an MLP of width {found}, and {PARAMS} makes it "
-                f"{expected}; a shard is missing, or {PARAMS} is another model's"
+                f"{expected}; {self._missing(expected, found)}"
             )
+
+    def _missing(self, whole: Any, found: int) -> str:
+        """Which shards are missing if they hold `found` of something, and should hold `whole`."""
+        if isinstance(whole, int) and found and whole > found and whole * len(self.files) % found == 0:
+            return f"consolidated.{len(self.files):02}.pth is missing, or {PARAMS} is another model's"
+        return f"a shard is missing, or {PARAMS} is another model's"
 
     # -- how it lies in the shards ------------------------------------------------------------------------------------
 
@@ -299,14 +331,15 @@ class MetaFolder:
         Raises:
             ValueError: a shard lacks a tensor, or holds one too many or of another shape or type.
         """
+        fields = self.config
         try:
-            config = Config.from_dict(self.config)
+            config = Config.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{self.path / PARAMS}: {error}") from error
         shards, layout = len(self.files), {}
         known = {"rope.freqs"}
         tied_head = config.tie_word_embeddings and "output.weight" in self._shards[0].tensors
-        head = [("lm_head.weight", (config.vocab_size, config.hidden_size))] * tied_head
+        head = [(HEAD, (config.vocab_size, config.hidden_size))] * tied_head
         for name, shape in chain(parameter_shapes(config), head):
             part = self._part(name, config)
             known.add(part.name)
@@ -330,7 +363,8 @@ class MetaFolder:
         for shard in self._shards:
             if unknown := sorted(shard.tensors.keys() - known):
                 raise ValueError(
-                    f"{shard.path} holds {unknown[0]}, which a LLaMA of {config.num_hidden_layers} layers does not have"
+                    f"{shard.path} holds {unknown[0]}, which a LLaMA with num_hidden_layers "
+                    f"{config.num_hidden_layers} does not have"
                 )
         return layout
 
@@ -351,10 +385,20 @@ class MetaFolder:
         if part.copies > 1 or part.axis is None:
             for number, shard in enumerate(self._shards):
                 kept = pieces[0 if part.axis is None else number // part.copies]
-                if not np.array_equal(kept.view(f"u{kept.itemsize}"), shard.read(part.name).view(f"u{kept.itemsize}")):
+                copy = shard.read(part.name)
+                if not np.array_equal(kept.view(f"u{kept.itemsize}"), copy.view(f"u{kept.itemsize}")):
                     raise ValueError(
                         f"{shard.path} holds another {part.name} than the shards before it; they are not of one model"
                     )
+                if not np.shares_memory(kept, copy):
+                    release(copy)
+
+
+def intermediate_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's formula for the width of the MLP: ⌈f · ⌊8/3 · dim⌋ / m⌉ · m, with f and m from params.json."""
+    width = int(8 * dim / 3)
+    width = width if multiplier is None else int(multiplier * width)
+    return -(-width // multiple_of) * multiple_of
 
 
 def is_meta(path: Path) -> bool:
@@ -379,6 +423,13 @@ def _model_folder(path: Path, model_size: str | None) -> Path:
         listed = ", ".join(folder.name for folder in below)
         raise ValueError(f"{path} holds several models; give the folder of one of them: {listed}")
     return (named or below or [path])[0]
+
+
+def called_instruct(folder: Path) -> bool:
+    """Whether the folder's name says so; on the Hub Meta's files lie in "original", and its cache names commits."""
+    folder = folder.resolve()
+    folder = folder.parent if folder.name == "original" else folder
+    return "instruct" in (folder.parent.parent if folder.parent.name == "snapshots" else folder).name.lower()
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -9,10 +9,9 @@ import numpy as np
 
 from ..reference.config import Config
 from ..reference.rope import interleave
-from .meta import LLAMA3_VOCABULARY
-from .names import find, rename, rotated_heads
+from .meta import LLAMA3_VOCABULARY, intermediate_size
+from .names import EMBEDDING, HEAD, find, rename, rotated_heads
 from .stored import Stored, release
-from .views import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from . import Checkpoint
@@ -117,14 +116,15 @@ def params_json(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "head_dim": (said.head_dim * said.num_attention_heads, said.hidden_size),
         "attention_bias": (said.attention_bias, False),
         "mlp_bias": (said.mlp_bias, False),
-        "rope_type": (rope["rope_type"], rope["rope_type"] if rope["rope_type"] in ("default", "llama3") else "llama3"),
+        "rope_type": (rope["rope_type"], "default", "llama3"),
         "low_freq_factor": (rope.get("low_freq_factor", 1.0), 1.0),
         "original_max_position_embeddings": (rope.get("original_max_position_embeddings", 8192), 8192),
     }
-    for field, (is_so, legal) in as_meta.items():
-        if is_so != legal:
+    for field, (is_so, *legal) in as_meta.items():
+        if is_so not in legal:
             what = "head_dim · num_attention_heads" if field == "head_dim" else field
-            raise ValueError(f"{path}: {what} is {is_so!r}, and in Meta's layout it can only be {legal!r}")
+            can_be = " or ".join(map(repr, legal))
+            raise ValueError(f"{path}: {what} is {is_so!r}, and in Meta's layout it can only be {can_be}")
     out: dict[str, Any] = {
         "dim": said.hidden_size,
         "n_layers": said.num_hidden_layers,
@@ -139,13 +139,6 @@ def params_json(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         out |= {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"],
                 "rope_high_freq_factor": rope["high_freq_factor"]}  # fmt: skip
     return out
-
-
-def intermediate_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Meta's formula for the width of the feed-forward block."""
-    width = int(8 * dim / 3)
-    width = width if multiplier is None else int(multiplier * width)
-    return -(-width // multiple_of) * multiple_of
 
 
 def _feed_forward(dim: int, width: int) -> dict[str, Any]:

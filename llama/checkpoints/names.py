@@ -4,6 +4,8 @@ from typing import Any, Literal, NamedTuple
 
 Layout = Literal["hugging_face", "meta", "gguf"]
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 class Row(NamedTuple):
     """A tensor's name in each layout, without ".weight" or ".bias", and the axis that Meta's shards are cut along.

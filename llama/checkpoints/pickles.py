@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .stored import MappedFile, Stored
+from .stored import MappedFile, Stored, unreadable
 
-LARGEST = 1 << 26  # bytes of pickle: that of 405B has a hundredth of it
+LARGEST, LONGEST = 1 << 22, 1 << 19  # bytes and instructions of a pickle: that of 405B has about a tenth of either
 STORAGES = {"DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
             "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
             "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
@@ -45,24 +45,31 @@ class View(NamedTuple):
 
 
 class TorchZip:
-    """The tensors of a file, mapped."""
+    """The tensors of a file, mapped. `folder` is the one that all lies in: torch.save calls it after the file, less the
+    suffix, where it knows the name.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            views, self._offsets = _contents(path)
+            views, self._offsets, self.folder = _contents(path)
             self._data = MappedFile(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
         except IsADirectoryError as error:
             raise ValueError(f"{path} is a folder; it should be a file that torch.save wrote") from error
         except Exception as error:  # the readers of zip and pickle raise of all kinds
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path} is damaged or holds more than tensors ({reason}); fetch it anew") from error
+            raise unreadable(path, "holds more than tensors", error) from error
         if not isinstance(views, dict) or not all(
             isinstance(name, str) and isinstance(view, View) for name, view in views.items()
         ):
             raise ValueError(f"{path} should hold tensors by name, as a state dict does")
+        for name, (storage, _, shape, _) in views.items():
+            if math.prod(shape) > storage.length:
+                raise ValueError(
+                    f"{path}: {name} of shape {shape} repeats the {storage.length} numbers it has, as expand() makes "
+                    "it; save it anew after contiguous()"
+                )
         self._views: dict[str, View] = views
         self.tensors = {name: Stored(view.storage.dtype, view.shape) for name, view in views.items()}
 
@@ -86,8 +93,10 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _contents(path: Path) -> tuple[Any, dict[str, int]]:
-    """What the pickle describes, every tensor in it checked against its storage; where each storage begins."""
+def _contents(path: Path) -> tuple[Any, dict[str, int], str]:
+    """What the pickle describes, every tensor in it checked against its storage; where each storage begins; the folder
+    that all lies in.
+    """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         members = {}
         for info in archive.infolist():
@@ -121,10 +130,9 @@ def _contents(path: Path) -> tuple[Any, dict[str, int]]:
             last = view.offset + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
             if storage.length * storage.dtype.itemsize > held or offsets[storage.key] + held > size:
                 raise ValueError(f"its member data/{storage.key} is cut short")
-            elements = math.prod(view.shape)
-            if elements and (last >= storage.length or elements > storage.length):
+            if math.prod(view.shape) and last >= storage.length:
                 raise ValueError(f"a tensor of shape {view.shape} does not fit into its storage")
-    return contents, offsets
+    return contents, offsets, members["data.pkl"].filename.partition("/")[0]
 
 
 class PickleReader:
@@ -143,7 +151,9 @@ class PickleReader:
             ValueError: it holds anything but dictionaries, lists, texts, numbers and tensors. LookupError, TypeError:
                 it is damaged.
         """
-        for code, argument, _ in pickletools.genops(pickle):
+        for number, (code, argument, _) in enumerate(pickletools.genops(pickle)):
+            if number == LONGEST:
+                raise ValueError("the pickle in it is too long")
             if code.name == "STOP":
                 return self._stack.pop()
             self._step(code.name, argument)

@@ -1,5 +1,6 @@
 """What is known of a tensor before it is read, and files mapped into memory."""
 
+import errno
 import math
 import mmap
 import platform
@@ -71,6 +72,17 @@ def release(array: np.ndarray) -> None:
     length = (high - start) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
         data.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def unreadable(path: Path, otherwise: str, error: Exception) -> OSError | ValueError:
+    """What to raise where opening a file failed: that the machine cannot, or that the file is damaged or `otherwise`.
+
+    A seek that makes no sense (EINVAL) is the file's fault, other errors of the system are not.
+    """
+    reason = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+        return OSError(f"{path} could not be read ({reason}), though it may be whole; mend that and try again")
+    return ValueError(f"{path} is damaged or {otherwise} ({reason}); fetch it anew")
 
 
 def dtype_of(tensors: Iterable[Stored]) -> np.dtype:

@@ -10,34 +10,42 @@ from tokenizers import Tokenizer
 
 from ..reference.config import Config
 from . import Checkpoint
+from .names import EMBEDDING, HEAD
 from .stored import Stored, dtype_of, release
 from .write import same
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Changed:
     """A `Checkpoint` over another one, whose tensors are pooled and cast as they are read.
 
-    A head that is the embedding once more is left out, where the configuration says that they are one.
+    A head that is the embedding once more is left out, where the configuration says that they are one. A head that is
+    another stays, whatever the configuration says.
 
     Args:
         dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own.
         num_key_value_heads: this many key and value heads, each the mean of a group of the source's, taken in float32
             and rounded once (Ainslie et al. 2023, section 2.1). Query heads keep their order, and find the mean of the
             head they had.
+        tie: leave out a head that is the embedding once more even where the configuration says that they are two.
 
     Raises:
         ValueError: the dtype is unknown, or the heads do not divide.
     """
 
-    def __init__(self, source: Checkpoint, dtype: str | None = None, num_key_value_heads: int | None = None):
+    def __init__(
+        self,
+        source: Checkpoint,
+        dtype: str | None = None,
+        num_key_value_heads: int | None = None,
+        tie: bool = False,
+    ):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.source, self.path = source, source.path
         self.dtype = None if dtype is None else DTYPES[dtype]
-        self.heads = num_key_value_heads
+        self.heads, self._tie = num_key_value_heads, tie
         if num_key_value_heads is not None:
             self._has = has = Config.from_dict(source.config).num_key_value_heads
             if num_key_value_heads < 1 or has % num_key_value_heads:
@@ -57,6 +65,8 @@ class Changed:
         config = {key: value for key, value in self.source.config.items() if key != "dtype"}
         matrices = [stored for stored in self.tensors.values() if len(stored.shape) == 2] or self.tensors.values()
         config["torch_dtype"] = dtype_of(matrices).name
+        if HEAD in self.source.tensors:
+            config["tie_word_embeddings"] = HEAD not in self.tensors
         return config if self.heads is None else config | {"num_key_value_heads": self.heads}
 
     @property
@@ -66,8 +76,12 @@ class Changed:
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
         tensors = {name: self._changed(name, stored) for name, stored in self.source.tensors.items()}
-        tied = self.source.config.get("tie_word_embeddings") and {HEAD, EMBEDDING} <= tensors.keys()
-        if tied and same(self.source.read(HEAD), self.source.read(EMBEDDING), lambda count: None):
+        tied = self._tie or self.source.config.get("tie_word_embeddings")
+        if (
+            tied
+            and {HEAD, EMBEDDING} <= tensors.keys()
+            and same(self.source.read(HEAD), self.source.read(EMBEDDING), lambda count: None)
+        ):
             del tensors[HEAD]
         return tensors
 
@@ -89,11 +103,11 @@ class Changed:
             array = groups.mean(axis=1, dtype=np.promote_types(array.dtype, np.float32)).reshape(wanted.shape)
         with np.errstate(over="ignore"):
             result = array.astype(wanted.dtype, copy=False)
+        if _largest(wanted.dtype) < _largest(source.dtype) and np.isfinite(array[np.isinf(result)]).any():
+            wider = [name for name in reversed(DTYPES) if _largest(DTYPES[name]) > _largest(wanted.dtype)]
+            way_out = f"choose --dtype {' or '.join(wider)}" if wider else "leave --dtype out"
+            raise ValueError(f"{self.path}: {name} holds numbers that {wanted.dtype} cannot; {way_out}")
         release(source)
-        if _may_overflow(source.dtype, wanted.dtype) and not np.isfinite(result).all() and np.isfinite(source).all():
-            raise ValueError(
-                f"{self.path}: {name} holds numbers that {wanted.dtype} cannot; choose --dtype bfloat16 or float32"
-            )
         return result
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
@@ -104,5 +118,5 @@ def _is_pooled(name: str) -> bool:
     return any(f".{projection}." in name for projection in ("k_proj", "v_proj"))
 
 
-def _may_overflow(source: np.dtype, wanted: np.dtype) -> bool:
-    return bool(float(ml_dtypes.finfo(wanted).max) < float(ml_dtypes.finfo(source).max))
+def _largest(dtype: np.dtype) -> float:
+    return float(ml_dtypes.finfo(dtype).max)

@@ -1,11 +1,13 @@
 """What `where` means: a path, an alias, or a model on the Hugging Face Hub, which is downloaded once."""
 
+import difflib
 import errno
 import glob
 import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,7 @@ from typing import Any
 from ..progress import on_terminal
 from .fetch import ALIASES, fetch
 from .huggingface import BIN, WEIGHTS, read_json
+from .meta import SHARD
 
 # The small files of a repository, by what they are for. Of each kind one of the first two must be there.
 FILES = {
@@ -23,7 +26,6 @@ FILES = {
 }  # fmt: skip
 KINDS = {"model": ("config", "tokenizer", "weights"), "parameters": ("config", "weights")}
 STORED_IN = (WEIGHTS, f"{WEIGHTS}.index.json", BIN, f"{BIN}.index.json")  # the first that is there is taken
-META = r"consolidated\.\d+\.pth"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -78,15 +80,21 @@ def find(
     if path.exists() or str(where) in ALIASES:
         if revision not in (None, "main"):
             raise ValueError(f"{where} is not on the Hub and has no revision {revision!r}; leave revision out")
+        if update and not path.exists():
+            warnings.warn(f"{where} is one version for good; there is nothing newer to download", stacklevel=2)
         return path if path.exists() else fetch(str(where))
     named = HUB_ID.fullmatch(str(where))
     if not named or Path(where).expanduser().exists():  # the subfolder is what is missing
         shown = os.path.join(where, *filter(None, (subfolder, gguf_file)))
+        if near := difflib.get_close_matches(str(where), ALIASES):
+            raise FileNotFoundError(f"{shown} does not exist; did you mean {near[0]}?")
+        if in_url := re.fullmatch(rf"https?://[^/]+/({NAME}/{NAME})/?(tree/.*|blob/.*)?", str(where), re.ASCII):
+            raise FileNotFoundError(f"{shown} is an address; give {in_url[1]}")
         raise FileNotFoundError(f"{shown} does not exist; give {PLACES}")
     inside = PurePosixPath(subfolder or "", named[2] or gguf_file or "")
     if inside.suffix.lower() == ".gguf":
         subfolder, wanted = str(inside.parent), inside.name
-    repository = _Repository(named[1], revision, token, cache_dir)
+    repository = Repository(named[1], revision, token, cache_dir)
     folders = ["" if subfolder in (None, "", ".") else f"{subfolder}/"]
     folders += ["original/"] if folders == [""] else []  # where Meta's own files lie beside converted ones
     offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if repository.offline else None
@@ -109,7 +117,7 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
 
 
-class _Repository:
+class Repository:
     """A model on the Hub, and what of it is in the cache."""
 
     def __init__(
@@ -126,7 +134,7 @@ class _Repository:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            snapshot = self._snapshot([], local_files_only=True)
+            snapshot = self.snapshot([], local_files_only=True)
             for folder in folders:
                 names = _names(snapshot / folder)
                 needed = _really(wanted, names)
@@ -134,7 +142,7 @@ class _Repository:
                     # Where the library has kept the repository's listing, it knows what else belongs there.
                     small = _small_files(needed)
                     shards = [] if names.intersection(STORED_IN) else ["consolidated.*.pth"] * (needed in KINDS)
-                    self._snapshot([folder + name for name in small + shards], local_files_only=True)
+                    self.snapshot([folder + name for name in small + shards], local_files_only=True)
                     return snapshot / folder
         except LocalEntryNotFoundError:
             pass
@@ -144,7 +152,7 @@ class _Repository:
         """The folder in the cache, after downloading what it lacks: first the small files, then the weights."""
         from huggingface_hub import HfApi
 
-        with self._asking():
+        with self.asking():
             info = HfApi(token=self.token).model_info(self.name, revision=self.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         held = {folder: {n.removeprefix(folder) for n in sizes if n.startswith(folder)} for folder in folders}
@@ -161,18 +169,18 @@ class _Repository:
             small.append(folder + weights)
         options = {"token": self.token, "force_download": force}
         self._check_space(sizes.get(folder + wanted, 0))  # a single file may be large
-        with self._asking():
-            snapshot = self._snapshot(small, **options)
+        with self.asking():
+            snapshot = self.snapshot(small, **options)
         if wanted in KINDS:
             files = [folder + name for name in _weight_files(names, snapshot / folder)]
             self._check_space(sum(sizes.get(f, 0) for f in files if force or not (snapshot / f).exists()))
-            with self._asking():  # for the commit of the small files, should the branch move meanwhile
-                self._snapshot([glob.escape(file) for file in files], revision=snapshot.name, **options)
+            with self.asking():  # for the commit of the small files, should the branch move meanwhile
+                self.snapshot([glob.escape(file) for file in files], revision=snapshot.name, **options)
         if lacking := _lacks(wanted, _names(snapshot / folder), snapshot / folder):
             raise FileNotFoundError(f"{self.name} on the Hub has no {folder}{lacking}, which its other files ask for")
         return snapshot / folder
 
-    def _snapshot(self, patterns: list[str], **options: Any) -> Path:
+    def snapshot(self, patterns: list[str], **options: Any) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import tqdm
 
@@ -200,7 +208,7 @@ class _Repository:
             print(f"Downloading {self.name}, {needed / 1e9:.2f} GB, to {self.cache}.", file=sys.stderr)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def asking(self) -> Iterator[None]:
         """Say in a sentence or two what the library raises, which is of another family in each major version."""
         from huggingface_hub import errors
 
@@ -260,7 +268,7 @@ def _weight_files(names: Collection[str], folder: Path) -> list[str]:
     """The files of those in `names` that hold the weights, or should: all that an index names."""
     first = next((name for name in STORED_IN if name in names), None)
     if first is None:
-        return sorted(name for name in names if re.fullmatch(META, name))
+        return sorted(name for name in names if SHARD.fullmatch(name))
     if not first.endswith(".json"):
         return [first]
     weight_map = read_json(folder / first).get("weight_map")
@@ -274,7 +282,7 @@ def _lacks(wanted: str, names: Collection[str], folder: Path | None = None) -> s
             keys = FILES.get(kind, [kind])[:2]
             if not any(name in names for name in keys):
                 return " or ".join(keys)
-        elif not any(name in STORED_IN or re.fullmatch(META, name) for name in names):
+        elif not any(name in STORED_IN or SHARD.fullmatch(name) for name in names):
             return f"{WEIGHTS}, {BIN} or consolidated.00.pth"
         elif folder is not None:
             missing = [file for file in _weight_files(names, folder) if not (folder / file).exists()]

@@ -10,7 +10,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import open_checkpoint
 from ..checkpoints.huggingface import read_json, write_json
+from ..checkpoints.meta import is_meta
 from ..checkpoints.where import find, hub_options
 
 FILE = "generation_config.json"
@@ -229,14 +231,17 @@ class GenerationConfig:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any
     ) -> "GenerationConfig":
-        """The config in a model's folder, as transformers 4 or 5 or we wrote it; or in that of a Hugging Face id.
+        """The config in a model's folder, as transformers 4 or 5 or we wrote it; or in that of a Hugging Face id. For a
+        `.gguf` file or a folder of Meta's, which have none, what is known of them.
 
         Args:
             kwargs: fields that take the place of the file's; and for the Hub `revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`, `subfolder`.
         """
-        path = find(folder, wanted=config_file_name, **hub_options(kwargs)) / config_file_name
-        data = read_json(path)
+        place = find(folder, wanted=config_file_name, **hub_options(kwargs))
+        path = place / config_file_name
+        derived = place.is_file() or (place.is_dir() and is_meta(place) and not path.exists())
+        data = open_checkpoint(place).generation_config if derived else read_json(path)
         try:
             return cls.from_dict(data, **kwargs)
         except ValueError as error:

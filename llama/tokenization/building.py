@@ -8,7 +8,12 @@ LLAMA3_WORDS = (  # Meta's llama-models, tokenizer.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3_SPECIAL = [  # as of Llama 3.1; Llama 3 calls those that it does not use by other names
+LLAMA3_SPECIAL = [  # Meta's llama3, tokenizer.py
+    "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(4)),
+    "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+    *(f"<|reserved_special_token_{n}|>" for n in range(5, 251)),
+]  # fmt: skip
+LLAMA31_SPECIAL = [  # Meta's llama-models, tokenizer.py: the file is that of Llama 3, the names are others
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{n}|>" for n in range(3, 248)),
@@ -74,8 +79,10 @@ def sentencepiece_bpe(
     return tokenizer
 
 
-def from_ranks(tokens: list[bytes]) -> Tokenizer:
-    """Llama 3's tokenizer: of all pairs of bytes that make a token, the one of the lowest rank merges first."""
+def from_ranks(tokens: list[bytes], special: list[str]) -> Tokenizer:
+    """Llama 3's tokenizer: of all pairs of bytes that make a token, the one of the lowest rank merges first; the
+    `special` tokens come after them.
+    """
     letters = byte_letters()
     words = ["".join(letters[byte] for byte in token) for token in tokens]
     vocab = {word: rank for rank, word in enumerate(words)}
@@ -91,7 +98,7 @@ def from_ranks(tokens: list[bytes]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in LLAMA3_SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return tokenizer
 
 

@@ -97,10 +97,11 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             self._demoted = {token["content"] for token in listed.values() if token.get("special") is False}
         self._look_at_added()
 
-    def _build(self, model: bytes, name: str, settings: Mapping[str, Any]) -> None:
+    def _build(self, model: bytes, name: str, settings: Mapping[str, Any], llama_version: str | None = None) -> None:
         """Make a tokenizer from a `.model` file."""
         if is_ranks(model):
-            library, defaults = building.from_ranks(read_ranks(model, name)), LLAMA_3
+            special = building.LLAMA3_SPECIAL if llama_version == "3" else building.LLAMA31_SPECIAL
+            library, defaults = building.from_ranks(read_ranks(model, name), special), LLAMA_3
             self._take(library, {n: v for n, v in settings.items() if n not in NAMES}, model)
             self._flags = {"bos": True, "eos": False}
             named = {n: v for n, v in settings.items() if n in NAMES and v not in ("<unk>", "<s>", "</s>")}
@@ -379,6 +380,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
         Args:
             from_slow: build it from the tokenizer.model even where there is a tokenizer.json.
+            llama_version: of a Llama 3's tokenizer.model, in which the special tokens are not: "3" gives them the names
+                of Llama 3, all else those of Llama 3.1 and later. By default as a params.json beside it says.
             kwargs: arguments of the constructor, instead of what tokenizer_config.json says, and those for the Hub.
 
         Raises:
@@ -387,8 +390,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         from ..checkpoints.gguf import GGUFFile  # which builds its tokenizers here
 
         path = loading.found(pretrained_model_name_or_path, kwargs)
-        options = cls._meant(kwargs, ("from_slow",))
-        rebuild = options.pop("from_slow", False)
+        options = cls._meant(kwargs, ("from_slow", "llama_version"))
+        rebuild, version = options.pop("from_slow", False), options.pop("llama_version", None)
         made = cls.__new__(cls)
         file, model = (path / "tokenizer.json", path / "tokenizer.model") if path.is_dir() else (path, path)
         settings = loading.folder_settings(path) if path.is_dir() else {}
@@ -404,7 +407,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             raise FileNotFoundError(f"{wanted} does not exist, nor a tokenizer.model: a tokenizer is read from there")
         else:
             defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-            made._build(read_model(model), str(model), defaults | settings | options)
+            version = loading.llama_version(model.parent) if version is None else version
+            made._build(read_model(model), str(model), defaults | settings | options, version)
             options = {}
         if any(options.get(f"add_{name}_token") is not None for name in ("bos", "eos")):
             said_bos, said_eos = options.get("add_bos_token"), options.get("add_eos_token")

@@ -48,10 +48,24 @@ class AutoTokenizer:
 
 
 def found(where: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
-    """The folder or file of a tokenizer, fetched if need be; what `kwargs` say of the Hub is taken out of them."""
+    """The folder or file of a tokenizer, fetched if need be; what `kwargs` say of the Hub is taken out of them.
+
+    LLaMA 1 came as a folder for each size, and the tokenizer.model above them: for such a folder it is that file.
+    """
     from ..checkpoints.where import find, hub_options  # which read tokenizers in their turn
 
-    return find(where, wanted="tokenizer", **hub_options(kwargs))
+    path = find(where, wanted="tokenizer", **hub_options(kwargs))
+    above = path.absolute().parent / "tokenizer.model"
+    own = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return above if not own and (path / "params.json").exists() and above.exists() else path
+
+
+def llama_version(folder: Path) -> str | None:
+    """ "3" where params.json says so: a tokenizer.model is the same in Llama 3 and 3.1."""
+    from ..checkpoints.huggingface import read_json
+
+    path = folder / "params.json"
+    return "3" if path.exists() and not read_json(path).get("use_scaled_rope") else None
 
 
 def folder_settings(folder: Path) -> dict[str, Any]:
