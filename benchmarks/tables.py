@@ -131,7 +131,9 @@ def filled(text: str, results: Path = harness.RESULTS) -> str:
             kept = read(path)
             table = build(kept.rows)
             if "*" in pattern:
-                table = f"{kept.header['device']}, {kept.header['date']}, `{kept.header['command']}`:\n\n{table}"
+                note = f"; {kept.header['note']}" if kept.header.get("note") else ""
+                place = f"{kept.header['device']}, {kept.header['date']}, `{kept.header['command']}`{note}"
+                table = f"{place}:\n\n{table}"
             tables.append(table)
         return start + "\n\n".join(tables) + f"\n{end}" if tables else found[0]
 
