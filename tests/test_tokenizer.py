@@ -268,7 +268,7 @@ def test_an_unknown_tokenizer_in_gguf_is_named(tmp_path):
             writer.add_token_merges(list(merges))
 
     for name, fill, message in (
-        ("none.gguf", lambda w: None, "token_type are missing"),
+        ("bare.gguf", lambda w: w.add_tokenizer_model("gpt2"), "token_type are missing"),
         ("bert.gguf", lambda w: tokens(w, "bert"), "'bert' is unknown; known are 'gpt2' and 'llama'"),
         ("qwen.gguf", lambda w: tokens(w, pre="qwen2"), "'qwen2' is unknown; known are gpt-2, smollm, llama-bpe"),
         ("merges.gguf", lambda w: tokens(w, merges=["a c"]), r"merges\.gguf: the tokenizer in it cannot be used"),
@@ -276,6 +276,8 @@ def test_an_unknown_tokenizer_in_gguf_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             written(name, fill).tokenizer()
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf holds no tokenizer"):
+        written("none.gguf", lambda w: None).tokenizer()
 
 
 def test_all_a_gguf_says_of_its_tokenizer_is_heard(tmp_path):
