@@ -224,6 +224,63 @@ def test_the_static_cache_writes_what_the_growing_one_does(options):
     assert out.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(do_sample=True),
+        dict(num_beams=3),
+        dict(cache_implementation="static"),
+        dict(prompt_lookup_num_tokens=3),
+        dict(attention_mask=torch.tensor([[0, 0, 1, 1, 1]])),
+        dict(position_ids=torch.tensor([[0, 3, 4, 7, 9]])),
+        dict(guidance_scale=1.5),
+        dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=4),
+    ],
+    ids=lambda options: ",".join(options) or "greedy",
+)
+def test_a_prompt_may_be_read_in_chunks(options, chunk):
+    rope = {name: options[name] for name in ("rope_parameters", "max_position_embeddings") if name in options}
+    model = twins(FIELDS | rope, 1)[0]
+    options = {name: value for name, value in options.items() if name not in rope} | dict(max_new_tokens=9)
+    written = []
+    for chunks in (dict(), dict(prefill_chunk_size=chunk)):
+        torch.manual_seed(0)
+        written.append(model.generate(PROMPT, eos_token_id=-1, **chunks, **options))
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])])
+def test_a_chunk_is_the_most_that_is_read_at_once(chunk, calls):
+    model, _ = twins(FIELDS, 1)
+    read = []
+    model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model.generate(PROMPT, max_new_tokens=4, eos_token_id=-1, prefill_chunk_size=chunk)
+    assert read == [*calls, 1, 1, 1]
+    read.clear()
+    model.generate(PROMPT, max_new_tokens=4, eos_token_id=-1, prefill_chunk_size=chunk, prompt_lookup_num_tokens=2)
+    assert read[: len(calls) - 1] == calls[:-1]
+    assert max(read) <= chunk + 3  # guesses are read with the last chunk, and checked at once
+
+
+def test_embeddings_and_the_rest_of_a_chat_may_be_read_in_chunks():
+    model = toys(1)[0]
+    options = dict(max_new_tokens=6, eos_token_id=-1)
+    embeds = model.get_input_embeddings().weight.detach()[PROMPT] * 1.5
+    expected = model.generate(inputs_embeds=embeds, **options)
+    assert torch.equal(model.generate(inputs_embeds=embeds, prefill_chunk_size=2, **options), expected)
+    first = model.generate(PROMPTS, return_dict_in_generate=True, prefill_chunk_size=2, **options)
+    longer = torch.cat((first.sequences, PROMPTS), dim=1)
+    again = model.generate(longer, past_key_values=first.past_key_values, prefill_chunk_size=2, **options)
+    assert torch.equal(again, model.generate(longer, **options))
+
+
+def test_a_record_is_of_the_whole_prompt_whatever_the_chunks():
+    options = dict(max_new_tokens=4, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True)
+    same(toys(1)[0].generate(PROMPT, prefill_chunk_size=2, **options), toys(1)[0].generate(PROMPT, **options))
+
+
 # Ends, padding and lengths.
 
 
@@ -668,6 +725,8 @@ def test_unknown_keywords_are_named(name):
         ([PROMPT], dict(stop_strings="x"), "tokenizer"),
         ([PROMPT], dict(do_sample=True, temperature=0.0), "strictly positive float"),
         ([PROMPT], dict(penalty_alpha=0.6), "not supported"),
+        ([PROMPT], dict(prefill_chunk_size=0), "prefill_chunk_size"),
+        ([PROMPT], dict(prefill_chunk_size=2, use_cache=False), "prefill_chunk_size needs use_cache"),
         ([], dict(bos_token_id=None), None),
     ],
 )  # fmt: skip

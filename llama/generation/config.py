@@ -50,7 +50,6 @@ WITHOUT_EFFECT = {
     "is_assistant",
     "low_memory",
     "max_cache_len",
-    "prefill_chunk_size",
     "target_lookbehind",
     *METADATA,
 }
@@ -82,6 +81,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     use_cache: bool = True
     cache_implementation: str | None = None  # None is "dynamic"
+    prefill_chunk_size: int | None = None  # tokens of the prompt to read at a time: takes less memory; None is all
 
     temperature: float = 1.0
     top_k: int = 50  # 0 keeps all
@@ -346,6 +346,7 @@ LEGAL: dict[str, Check] = {
     "num_beams": _at_least(1),
     "num_return_sequences": _at_least(1),
     "cache_implementation": _one_of("dynamic", "static"),
+    "prefill_chunk_size": _at_least(1),
     "temperature": _number(
         "a strictly positive float (for greedy writing set do_sample=False)", lambda value: 0 < value < math.inf
     ),

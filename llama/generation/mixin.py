@@ -40,12 +40,13 @@ class Reader:
         position_ids: (B, P) of the prompt, None where they follow the mask.
         limit: the longest the texts can become.
         inputs_embeds: (B, P, E) that are read in the place of the prompt's ids, of which there may be fewer or none.
+        chunk: the most tokens of a prompt to read at a time, None for all of them at once.
     """
 
     def __init__(self, model: nn.Module, cache: Cache | None, mask: torch.Tensor | None = None,
                  position_ids: torch.Tensor | None = None, limit: int = 0, inputs_embeds: torch.Tensor | None = None,
-                 ids_length: int = 0, learnt: int = 0, **outputs: bool):  # fmt: skip
-        self.model, self.cache, self.outputs = model, cache, outputs
+                 ids_length: int = 0, learnt: int = 0, chunk: int | None = None, **outputs: bool):  # fmt: skip
+        self.model, self.cache, self.chunk, self.outputs = model, cache, chunk, outputs
         self.embeds = inputs_embeds
         self.ahead = learnt if inputs_embeds is None else inputs_embeds.shape[1] - ids_length
         if mask is not None:
@@ -61,12 +62,18 @@ class Reader:
 
     def read(self, ids: torch.Tensor, keep: int = 1) -> Any:
         """The model's output, with the logits of the last `keep` tokens of `ids` (B, S), the texts so far."""
-        start, end = self.length, ids.shape[1] + self.ahead
-        embeds, new = self.embeds, None
+        end = ids.shape[1] + self.ahead
+        if self.chunk is not None:
+            while self.length + self.chunk + keep <= end:
+                self._read(ids, self.length + self.chunk, keep=1)
+        return self._read(ids, end, keep)
+
+    def _read(self, ids: torch.Tensor, end: int, keep: int) -> Any:
+        start, embeds, new = self.length, self.embeds, None
         if embeds is None or start >= embeds.shape[1]:
-            embeds, new = None, ids[:, start - self.ahead :]
+            embeds, new = None, ids[:, start - self.ahead : end - self.ahead]
         else:
-            embeds = embeds[:, start:]
+            embeds = embeds[:, start:end]
         positions = self.positions
         if positions is not None:
             while positions.shape[1] < end:
@@ -338,7 +345,12 @@ class GenerationMixin:
             kept = ("scores", "logits", "attentions", "hidden_states")
             record = {name: [] for name in kept if getattr(config, f"output_{name}")}
         outputs = {f"output_{name}": name in record for name in ("attentions", "hidden_states")}
-        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], learnt, **outputs)  # type: ignore[arg-type]
+        chunk = config.prefill_chunk_size
+        if chunk is not None and cache is None:
+            raise ValueError("prefill_chunk_size needs use_cache=True: what a chunk reads lies in the cache")
+        if any(outputs.values()) or self.config.checked().angles_follow_length:
+            chunk = None  # what is asked for, or what the text is read as, is that of the whole prompt
+        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], learnt, chunk, **outputs)  # type: ignore[arg-type]
         processors = processors_for(
             config, ids.shape[1], device=device, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             extra=logits_processor or (), model=self, attention_mask=mask if embeds is None else None,
