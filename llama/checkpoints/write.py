@@ -25,8 +25,9 @@ from .stored import Stored, release
 PARTIAL = ".partial"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-PIECE = 2**22  # bytes: what is hashed and written at a time
-AHEAD = 8  # pieces that may wait for the hash
+PIECE = 2**20  # bytes: what is hashed and written at a time; more of it falls out of the caches in between
+AHEAD = 32  # pieces that may wait for the hash
+TO_DISK = 2**25  # bytes, after which the system is asked to begin bringing them onto the disk
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,6 +51,7 @@ class Sink:
         self._file, self._advance = file, advance
         self._hash, self._waiting = hashlib.sha256(), deque[Future[None]]()
         self._thread = ThreadPoolExecutor(1)
+        self._written = self._on_its_way = 0
 
     def __enter__(self) -> Self:
         return self
@@ -62,8 +64,19 @@ class Sink:
         if len(self._waiting) > AHEAD:
             self._waiting.popleft().result()
         self._file.write(data)
+        self._written += len(data)
+        if self._written - self._on_its_way >= TO_DISK:
+            self._send()
         self._advance(len(data))
         return len(data)
+
+    def _send(self) -> None:
+        """Let what was written begin its way onto the disk, or the sync at the end waits for all of it."""
+        self._file.flush()
+        if hasattr(os, "posix_fadvise"):  # on Linux this starts writing what is not written yet, and waits for nothing
+            length = self._written - self._on_its_way
+            os.posix_fadvise(self._file.fileno(), self._on_its_way, length, os.POSIX_FADV_DONTNEED)
+        self._on_its_way = self._written
 
     def flush(self) -> None:
         """Asked for by zipfile; `replacing` flushes once, at the end."""
