@@ -152,25 +152,19 @@ def measure(work: Path, runs: int, python: str | None) -> list[dict]:
     source, out = small(work / "meta"), work / "out"
     size = sum(file.stat().st_size for file in source.iterdir())
     copies = [["cp", "-r", str(source), str(out / name)] for name in ("a", "b")]
-    rivals = {"llama convert": seconds(out, command(source, out / "a")), "cp, twice": seconds(out, *copies)}
     subprocess.run(command(source, out / "verified", "--verify"), check=True, capture_output=True)
-    load = round(os.getloadavg()[0], 1)  # of other work: the conversion needs the processor, cp does not
-    rows = [
-        harness.row(
-            "wall, copies in the page cache",
-            "s",
-            harness.take_turns(rivals, runs),
-            gigabytes=round(size / 1e9, 3),
-            load_average=load,
-        )
-    ]
+    # The load is that of other work: the conversion needs the processor, cp does not.
+    about = {"gigabytes": round(size / 1e9, 3), "load_average": round(os.getloadavg()[0], 1)}
+    rows = []
     for what, unread in (("wall, until it is on the disk", None), ("wall, from the disk and onto it", source)):
-        synced = {
+        rivals = {
             "llama convert": seconds(out, command(source, out / "a"), ["sync"], unread=unread),
             "cp, twice": seconds(out, *copies, ["sync"], unread=unread),
         }
-        rows.append(harness.row(what, "s", harness.take_turns(synced, runs)))
-    busy = {name: processor(measure) for name, measure in rivals.items()}
+        rows.append(harness.row(what, "s", harness.take_turns(rivals, runs), **about))
+        about = {}
+    busy = {"llama convert": seconds(out, command(source, out / "a")), "cp, twice": seconds(out, *copies)}
+    busy = {name: processor(measure) for name, measure in busy.items()}
     rows.append(harness.row("processor", "s", harness.take_turns(busy, runs)))
 
     def peak(command: list[str]) -> list[float]:

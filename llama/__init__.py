@@ -76,7 +76,13 @@ __all__ = [*_HOMES, "kernels", "reference"]  # hf needs transformers: ask for it
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "threadpoolctl"):
+                raise
+            message = f'llama.{name} needs PyTorch: pip install "llama-triton[torch]"'
+            raise ModuleNotFoundError(message, name=error.name) from error
     if name in _MODULES:
         return importlib.import_module(f"llama.{name}")
     if name == "__version__":

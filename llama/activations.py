@@ -1,4 +1,4 @@
-"""`hidden_act`: the reference's activation functions once more, as modules that train."""
+"""`hidden_act`: the reference's activation functions as PyTorch modules."""
 
 from collections.abc import Callable
 from typing import Any

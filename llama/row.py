@@ -2,8 +2,8 @@
 
 Such a step reads every weight once and computes next to nothing, so what stands between the products counts, and
 NumPy's operations cost less there than PyTorch's (NOTES.md). So this is `LlamaDecoderLayer` once more for this one
-shape, with the same cache. Whatever is not plain, an adapter or a hook anywhere in a layer, leaves all of them to the
-modules; a test holds the two together.
+shape, with the same cache. If anything is not plain, such as an adapter or a hook anywhere in a layer, every layer runs
+as modules instead; a test checks that the two agree.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Every kernel in every shipped configuration, compiled for a GPU that is not there, and what came of it.
 
-The launch functions of `llama.kernels` run as they do in earnest, on tensors without data (PyTorch's meta device), for
+The launch functions of `llama.kernels` run as in real use, on tensors without data (PyTorch's meta device), for
 a driver that only knows the GPU's name; a launch compiles and stops. So alignment, strides and tiles are those that a
 user meets. What is read from the machine code (`llama.machine_code`) is held against what the design wants: no
 spills, no double precision, matrix units where there are products, loads of 128 bits, no device scratch.

@@ -1,4 +1,4 @@
-"""`llama verify`: does a backend compute what the reference says this model is?"""
+"""`llama verify`: does a backend compute what the reference computes for this model?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,16 +3,19 @@
 Read it in this order, an hour in all:
 
     norm          RMSNorm
-    config        the numbers that make a model; to look things up in
-    rope          rotary position embedding, all six types
+    rope          rotary position embedding, the documentation's six types
     attention     who sees whom; grouped-query attention
     feed_forward  the gated MLP and its activations
-    model         the block, the stack, the heads: a whole LLaMA
     cache         why a new token costs one token
-    generation    writing, with `sampling` to choose the words
+    model         the block, the stack, the heads: a whole LLaMA
+    sampling      from logits to a token, and `generation`, the loop around it
     loss          and `gradients`, the backward passes
     flash         attention once more, block by block: the bridge to the kernels
+    config        the numbers that make a model, and the checks on them: to look things up in
     loading       from files to arrays
+
+On a first reading skip what only a kernel needs: add_rms_norm, apply_rope_to_cache, decode_attention, gemv,
+gemv_swiglu and linear_cross_entropy. They say what the kernels of those names must compute.
 
 One alphabet throughout, in shape annotations (which the tests execute), comments and kernels. Sizes are capitals:
 
@@ -20,8 +23,8 @@ One alphabet throughout, in shape annotations (which the tests execute), comment
     H query heads     K key/value heads         G = H / K, the query heads of a group
     D head_dim        E hidden_size             F intermediate_size         V vocab_size        half = D / 2
 
-Everything is a pure function of arrays; weights are arguments. It computes in the type it is given: float32 to run,
-float64 to judge others by. Only RoPE's tables are float32 always.
+Everything is a function of arrays; weights are arguments. Only caches are changed in place. The type of the arrays is
+kept: float32 to run a model, float64 to judge others by. Only RoPE's tables are always float32.
 """
 
 from .attention import attention, attention_weights, causal_visibility, decode_attention, softmax

@@ -1,8 +1,8 @@
 """Attention: every token gathers from the tokens it may see.
 
 What a token may see is one array of truth values, `visible[b, t, s]`: query t of row b may look at key s. Causality,
-padding, a cache and a chunk in the middle of a text are all only that. Four keys, of which the first is padding, and
-the last three tokens as queries:
+padding, a cache, a chunk from the middle of a text: all of them are expressed by this one array. With four keys, of
+which the first is padding, and the last three tokens as queries:
 
               key    0  1  2  3
     query 1          0  1  0  0
@@ -22,13 +22,13 @@ def causal_visibility(
     Query t stands at place S - T + t and sees the keys up to there, itself included, except those that
     `attention_mask` marks as padding with 0. Padding on the left, on the right or in between is all the same here.
     """
-    visible = np.tri(T, S, S - T, dtype=bool)[None]
+    visible = np.tri(T, S, S - T, dtype=bool)[None]  # true where s <= S - T + t
     return visible if attention_mask is None else visible & (attention_mask[:, None] != 0)
 
 
 def softmax(scores: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*batch S"]:
     """exp(x) / Σ exp(x), shifted by the maximum so that nothing overflows. A row of -∞ alone becomes zeros."""
-    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)  # of no keys, too
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)  # initial: there may be no keys, S = 0
     out = scores - np.where(np.isneginf(top), 0, top)
     np.exp(out, out=out)
     total = out.sum(axis=-1, keepdims=True)
@@ -44,7 +44,7 @@ def attention_weights(
 
     Query head h reads key/value head h // G, with G = H / K heads to a group (Ainslie et al. 2023, §2.2, where G counts
     the groups; that neighbours make a group is the checkpoints' convention). Folding a group's heads into the time
-    axis lets one product with the shared key serve all of them.
+    axis, (B, K, G · T, D), lets one product with their shared keys serve all of them.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]

@@ -10,8 +10,8 @@ class KVCache:
     Past tokens never change: causality keeps later tokens out of them. So their keys and values are kept, and a new
     token is computed alone against them.
 
-    The arrays are longer than what fills them and double when full, so appending copies the past seldom, not at every
-    token. `forward` fills the cache it is given in place.
+    The arrays have room to spare and double when full, so the past is copied rarely, not at every token. `forward`
+    fills the cache it is given in place. `length` counts tokens; `len(cache)` counts layers, as in transformers.
     """
 
     def __init__(self, num_hidden_layers: int):
@@ -35,7 +35,7 @@ class KVCache:
         """
         B, K, T, D = k.shape
         end = self.length + T
-        held = self._layers[layer] if self.length else None  # without a token, what lies there is of another text
+        held = self._layers[layer] if self.length else None  # at length 0 (cropped) what is there is stale
         if held is None or held[0].shape[2] < end:
             room = max(2 * self.length, end, 64)  # 64: short texts never grow
             grown = [np.empty((B, K, room, D), k.dtype) for _ in range(2)]

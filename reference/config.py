@@ -36,7 +36,7 @@ ROPE_RANGES: dict[str, dict[str, float]] = {
     "low_freq_factor": {"above": 0},
     "high_freq_factor": {"above": 0},
 }
-# What another type knows, or published configurations carry, has no effect; any other name is a slip of the pen.
+# Keys of other types, or that published configurations carry, are ignored with a warning; any other key is an error.
 NAMES_OF_OTHERS = {"finetuned"}.union(*(required | optional for required, optional in ROPE_KEYS.values()))
 
 

@@ -81,14 +81,14 @@ def swiglu(gate: Float[np.ndarray, "*batch F"], up: Float[np.ndarray, "*batch F"
 
 
 def gemv(x: Float[np.ndarray, "R I"], *weights: Float[np.ndarray, "_ I"]) -> Float[np.ndarray, "R O"]:
-    """W x of several weights side by side, for the few rows x of a step of decoding."""
+    """x Wᵀ for several weights, results side by side. The model here has no need of it; a kernel for decoding has."""
     return np.concatenate([x @ weight.T for weight in weights], axis=1)
 
 
 def gemv_swiglu(
     x: Float[np.ndarray, "R I"], gate: Float[np.ndarray, "F I"], up: Float[np.ndarray, "F I"]
 ) -> Float[np.ndarray, "R F"]:
-    """The same of a gate: the first half of `feed_forward`, for silu."""
+    """The first half of `feed_forward`, for silu. The model here has no need of it; a kernel for decoding has."""
     return swiglu(x @ gate.T, x @ up.T)
 
 

@@ -40,7 +40,7 @@ def flash_attention(
         cu_seqlens: the same by the borders of the texts, from 0 to T, alike in every row ("cumulative sequence
             lengths").
         mask: a key of 0 is padding and not seen.
-        block_q, block_k: queries and keys held at a time; they change the speed and nothing else.
+        block_q, block_k: queries and keys held at a time; they change speed and rounding only.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
@@ -80,7 +80,7 @@ def flash_attention(
                     l = rescale * l + p.sum(axis=1, keepdims=True)  # noqa: E741
                     acc = rescale * acc + p @ v[b, h // G, s0:s1]
                     m = m_new
-                seen = l > 0
-                out[b, h, t0:t1] = np.divide(acc, l, out=np.zeros_like(acc), where=seen)
-                lse[b, h, t0:t1] = (m + np.log(l, out=np.full_like(l, -np.inf), where=seen))[:, 0]
+                any_seen = l > 0
+                out[b, h, t0:t1] = np.divide(acc, l, out=np.zeros_like(acc), where=any_seen)
+                lse[b, h, t0:t1] = (m + np.log(l, out=np.full_like(l, -np.inf), where=any_seen))[:, 0]
     return (out, lse) if return_lse else out

@@ -98,7 +98,7 @@ def _steps(
     running = np.ones(len(text), bool)
     chunk = text.shape[1] if config.angles_follow_length else PREFILL_CHUNK
     for _ in range(max_new_tokens):
-        for start in range(cache.length, text.shape[1], chunk):  # the prompt; later the one new token
+        for start in range(cache.length, text.shape[1], chunk):  # the prompt in chunks; then the new token
             end = start + chunk
             logits = forward(params, config, text[:, start:end], mask[:, :end], cache=cache, logits_to_keep=1).logits
         token = np.where(running, sampler.pick(logits[:, -1], rng, text, mask), pad)

@@ -66,9 +66,9 @@ def attention_backward(
 
         dv = Pᵀ do,   dP = do vᵀ,   dS = P · (dP - rowsum(P · dP)),   dq = dS k / √D,   dk = dSᵀ q / √D
 
-    P are the attention weights, S the scores before the softmax.
-
-    A key/value head collects from all query heads of its group. What saw nothing has P = 0 and gives and gets nothing.
+    P are the attention weights; dP and dS the gradients of P and of the scores before the softmax (the paper's letters:
+    in the code S is the number of keys). A key/value head collects from all query heads of its group. A query that saw
+    nothing has P = 0, and neither gives nor gets a gradient.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]

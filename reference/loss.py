@@ -32,8 +32,10 @@ def cross_entropy(
     `reduction="sum"` gives the sum in place of the mean.
 
     Raises:
-        ValueError: a label lies outside the vocabulary.
+        ValueError: a label lies outside the vocabulary, or another reduction.
     """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     counted = judged(labels, logits.shape[-1], ignore_index)
     picked = np.take_along_axis(log_softmax(logits[counted]), labels[counted][:, None], axis=-1)
     if reduction == "sum":

@@ -158,7 +158,7 @@ def forward(
 
 
 def lm_head(params: Params, config: Config, x: Float[np.ndarray, "B T E"]) -> Float[np.ndarray, "B T V"]:
-    """A score for every token of the vocabulary; tied models score each by the likeness of its embedding."""
+    """A score for every token of the vocabulary; a tied model takes x · the token's embedding."""
     return linear(x, params, "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
 
 
@@ -216,15 +216,16 @@ def parameter_shapes(config: Config, classifier: bool = False) -> Iterator[tuple
 
 
 def check_params(params: Params, config: Config) -> None:
-    """Raise a ValueError that names the first tensor that is missing, of a wrong shape, or a bias too many."""
+    """Raise a ValueError that names the first tensor that is missing, of a wrong shape, or an unknown bias."""
     for name, shape in parameter_shapes(config, classifier="score.weight" in params):
         if name not in params:
             raise ValueError(f"the tensor {name} is missing")
         if params[name].shape != shape:
             raise ValueError(f"the tensor {name} has shape {params[name].shape}; the configuration asks for {shape}")
         bias = f"{name.removesuffix('weight')}bias"  # `linear` adds what it finds
-        if bias in params and not (config.mlp_bias if ".mlp." in name else config.attention_bias):
-            raise ValueError(f"the tensor {bias} is there, and the configuration says that there are no biases")
+        known = (".mlp." in name and config.mlp_bias) or (".self_attn." in name and config.attention_bias)
+        if bias in params and not known:
+            raise ValueError(f"the tensor {bias} is there, and the configuration says that there is no such bias")
 
 
 def _embed(
@@ -248,7 +249,7 @@ def _embed(
 def _check_places(
     B: int, T: int, mask: np.ndarray | None, position_ids: np.ndarray | None, cache: KVCache, config: Config
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """The mask and the positions, checked against the batch and the cache; positions made up when left out."""
+    """The mask and the positions, checked against the batch and the cache; positions filled in when left out."""
     S = cache.length + T
     if len(cache) != config.num_hidden_layers:
         raise ValueError(f"the cache has {len(cache)} layers, the model {config.num_hidden_layers}")

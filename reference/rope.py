@@ -1,13 +1,14 @@
 """Rotary position embedding: how a head knows where its token stands.
 
 A head's D numbers are D/2 points in the plane. At position p, point i is turned by the angle p · θ_i, where
-θ_i = base^(-2i/D), i from 0, so that early points turn fast and late ones slowly (Su et al. 2021, §3.2.2). A query
-turned by p and a key turned by s then meet in a score that depends on p - s alone.
+θ_i = base^(-2i/D), i from 0, so that early points turn fast and late ones slowly (Su et al. 2021, §3.2.2). Turning both
+vectors of a dot product by the same angle leaves it unchanged, so a query at p and a key at s give a score that depends
+on p - s alone.
 
 Which two numbers make a point is a convention. Meta's weights pair neighbours, (0, 1), (2, 3) ...; Hugging Face's
 checkpoints pair the halves, (0, D/2), (1, D/2 + 1) ..., with the rows of the q and k projections permuted to match.
 Both give the same model; weights of one kind under the rotation of the other start well and soon fall apart.
-Everything in this project rotates halves; the interleaved form stands here to compare.
+Everything in this project rotates halves; the interleaved form is here for comparison.
 """
 
 import math
@@ -26,10 +27,11 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
 
     - default:  θ_i = base^(-2i/D)                                             (Su et al. 2021)
     - linear:   θ_i / factor: every position is squeezed                       (Chen et al. 2023, §2.3)
-    - dynamic:  base · (factor · n/L - (factor - 1))^(D/(D-2)) once n = `length` passes L, the trained context
+    - dynamic:  base · (factor · n/L - (factor - 1))^(D/(D-2)) once n = `length` passes L = max_position_embeddings
                 ("NTK-aware", bloc97 and emozilla 2023; Peng et al. 2023, §3.3)
-    - yarn:     θ_i where fast, θ_i / factor where slow, a ramp over i between (Peng et al. 2023, §3.2; the paper ramps
-                over turns, its code over i); cos and sin times 0.1 ln(factor) + 1 (§3.4)
+    - yarn:     θ_i for points that make many turns over the trained context L, θ_i / factor for those that make few, a
+                ramp over i between (Peng et al. 2023, §3.2; the paper ramps over turns, its code over i); cos and sin
+                times 0.1 ln(factor) + 1 (§3.4). Here and below L = original_max_position_embeddings
     - longrope: θ_i / divisor_i, from one list up to L tokens, from another beyond (Ding et al. 2024); cos and sin times
                 sqrt(1 + ln(factor) / ln L), as in Phi-3's code
     - llama3:   yarn's blend with the ramp over turns, and no scale            (Llama 3.1's published code)
@@ -160,7 +162,7 @@ def apply_rope_interleaved(
 ) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
     """The same rotation where point i is the pair (2i, 2i + 1), as in Meta's weights. Takes the same tables.
 
-    interleave(apply_rope(q, k)) = apply_rope_interleaved(interleave(q), interleave(k))
+    Reordering q and k from halves to pairs, as `interleave` does for weights, before or after rotating gives the same.
     """
     D = q.shape[-1]
     cos, sin = cos[:, None, :, : D // 2], sin[:, None, :, : D // 2]

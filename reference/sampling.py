@@ -43,10 +43,10 @@ def top_k(logits: Logits, k: int) -> Logits:
 
 def top_p(logits: Logits, p: float) -> Logits:
     """Keep the smallest set of likeliest tokens whose probabilities reach p    (Holtzman et al. 2020)"""
-    order = np.argsort(logits, axis=-1, kind="stable")  # ascending; the last is always kept
+    order = np.argsort(logits, axis=-1, kind="stable")  # ascending: the least likely are dropped first
     mass = np.cumsum(softmax(np.take_along_axis(logits, order, axis=-1)), axis=-1)
     drop = mass <= 1 - p
-    drop[:, -1] = False
+    drop[:, -1] = False  # the likeliest always stays
     forbidden = np.empty_like(drop)
     np.put_along_axis(forbidden, order, drop, axis=-1)
     return np.where(forbidden, -np.inf, logits)
@@ -59,7 +59,7 @@ def min_p(logits: Logits, p: float) -> Logits:
 
 
 def draw(logits: Logits, rng: np.random.Generator) -> Int[np.ndarray, "B"]:
-    """One token per row, with probability softmax(logits): the first whose cumulative probability passes a dart."""
+    """One token per row, with probability softmax(logits): the first whose cumulative one passes a random number."""
     mass = np.cumsum(softmax(logits.astype(np.float64)), axis=-1)
     dart = rng.random((len(logits), 1)) * mass[:, -1:]
     return np.argmax(mass > dart, axis=-1)

@@ -1,4 +1,4 @@
-"""What the headers say of a model that is on the Hub and not here: a few requests instead of the weights."""
+"""What the headers of a model on the Hub say about it: a few requests instead of downloading the weights."""
 
 from functools import cached_property
 from pathlib import Path

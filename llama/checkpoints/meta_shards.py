@@ -84,7 +84,7 @@ class MetaShard:
         if units % count:
             raise ValueError(
                 f"num_shards ({self.count}) must divide the heads, the widths and the vocabulary: "
-                f"{name} of shape {shape} cannot be cut into so many parts"
+                f"{name} of shape {shape} has {units} heads or rows to cut"
             )
         length = shape[axis] // count
         return axis, number * length, (number + 1) * length

@@ -1,4 +1,4 @@
-"""What is known of a tensor before it is read, and files mapped into memory."""
+"""What is known about a tensor before it is read; and files mapped into memory."""
 
 import errno
 import math

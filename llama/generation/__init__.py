@@ -1,1 +1,1 @@
-"""Writing: how (`config`), from logits to a choice (`processors`), and when to stop (`stopping`)."""
+"""Generating text: options (`config`), from logits to a choice (`processors`), when to stop (`stopping`)."""

@@ -1,4 +1,4 @@
-"""What may be said about how to write: transformers' GenerationConfig, in what a Llama needs of it."""
+"""Options for generating text: the part of transformers' GenerationConfig that a Llama needs."""
 
 import copy
 import difflib

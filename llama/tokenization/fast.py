@@ -1,4 +1,4 @@
-"""LlamaTokenizerFast: the tokenizer that leaves text to the library `tokenizers`."""
+"""LlamaTokenizerFast: the tokenizer built on the library `tokenizers`."""
 
 import json
 import os

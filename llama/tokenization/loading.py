@@ -1,4 +1,4 @@
-"""Where tokenizers come from: folders, files and aliases; and what their settings say of added tokens."""
+"""Loading tokenizers from folders, files and aliases, with what their settings say about added tokens."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a tokenizer can be told when it encodes, checked."""
+"""The options of encoding, checked."""
 
 import logging
 from dataclasses import dataclass

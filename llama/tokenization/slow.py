@@ -1,4 +1,4 @@
-"""LlamaTokenizer: the tokenizer that leaves text to the library `sentencepiece`."""
+"""LlamaTokenizer: the tokenizer built on the library `sentencepiece`."""
 
 import os
 import re
