@@ -24,6 +24,7 @@ from llama import reference
 from llama.checkpoints import fetch
 
 from . import harness
+from .model import decode
 
 PROMPT, NEW = 512, 64
 
@@ -45,19 +46,9 @@ def providers(folder: Path) -> dict[str, tuple[Callable[[], np.ndarray], Callabl
     def transformers_prefill() -> np.ndarray:
         return model(torch.tensor(ids)).logits.numpy()
 
-    @torch.inference_mode()
-    def transformers_decode() -> float:
-        """A bare loop over forward, which is a little faster than its generate."""
-        out = model(torch.tensor(ids[:, :32]), use_cache=True, logits_to_keep=1)
-        start = time.perf_counter()
-        for _ in range(NEW):
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        return NEW / (time.perf_counter() - start)
-
     return {
         "reference": (lambda: reference.forward(params, config, ids).logits, reference_decode),
-        "transformers": (transformers_prefill, transformers_decode),
+        "transformers": (transformers_prefill, decode(model, torch.tensor(ids), NEW)),
     }
 
 

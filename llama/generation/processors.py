@@ -8,7 +8,7 @@ GenerationConfig asks for.
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class LogitsProcessorList(list):
         return scores
 
 
-@cache
+@lru_cache(maxsize=64)  # not for ever: a class may be made for one call
 def _further_arguments(kind: Any) -> tuple[str, ...]:
     """What a processor's call takes after self, input_ids and scores."""
     return tuple(inspect.signature(kind.__call__).parameters)[3:]
