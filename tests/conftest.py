@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 GPU = "--gpu" in sys.argv  # kernels run on the GPU; otherwise in Triton's interpreter, which is told before any import
@@ -7,6 +8,7 @@ if not GPU:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get in each other's way
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle reads local files only
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
 
 from pathlib import Path  # noqa: E402
 

@@ -143,9 +143,10 @@ def write(run: Run) -> Iterator[torch.Tensor]:
     while run.length < run.limit:
         out = run.reader.read(run.text)
         logits = out.logits[:, -1].float()
+        kept = logits.clone() if run.record else None  # a processor may write into what it is given
         scores = run.processors(run.text, logits) if run.processors else logits
         if run.record:
-            run.keep(scores=scores, logits=logits.clone(), attentions=out.attentions, hidden_states=out.hidden_states)
+            run.keep(scores=scores, logits=kept, attentions=out.attentions, hidden_states=out.hidden_states)
         del out
         tokens = run.choose(scores)
         if running is not None and run.ends is not None:

@@ -33,7 +33,7 @@ def write_speculatively(run: Run, assistant: Any = None) -> Iterator[torch.Tenso
         text = torch.cat((run.text, guesses), dim=1)
         out = run.reader.read(text, keep=n + 1)
         logits = out.logits[0].float()  # (n + 1, V)
-        scores = [run.processors(text[:, : start + i], logits[None, i])[0] for i in range(n + 1)]
+        scores = [run.processors(text[:, : start + i], logits[None, i].clone())[0] for i in range(n + 1)]
         kept, last = _check(run, guesses[0], torch.stack(scores), odds)
         for i in range(kept + 1):
             if run.record:
@@ -147,4 +147,4 @@ class Assistant:
     def learn(self, drafted: int, kept: int) -> None:
         """Draft more after a draft that was kept whole, and less after another, where the schedule says so."""
         if self.schedule != "constant":
-            self.most = self.most + 2 if drafted and kept == drafted else max(1.0, self.most - 1)
+            self.most = self.most + 2 if kept == drafted else max(1.0, self.most - 1)
