@@ -305,7 +305,7 @@ def test_all_a_gguf_says_of_its_tokenizer_is_heard(tmp_path):
     assert tokenizer.decode([3, 4, 5]) == " a<mark>"
     assert tokenizer.encode("a" * 7, add_special_tokens=False) == [8, 7]  # equal scores: one run grows from the left
     assert (tokenizer.pad_token, tokenizer.unk_token) == ("<unk>", None)
-    assert tokenizer.all_special_ids == [1, 2]
+    assert tokenizer.all_special_ids == [1, 2, 0]
     assert tokenizer._tokenizer.encode("a", "a").ids == [4, 2, 4, 2]
 
 

@@ -6,4 +6,14 @@ from .loading import AutoTokenizer, load_tokenizer
 from .slow import LlamaTokenizer
 from .stream import TextStream
 
-__all__ = ["AutoTokenizer", "BatchEncoding", "LlamaTokenizer", "LlamaTokenizerFast", "TextStream", "load_tokenizer"]
+PreTrainedTokenizerFast = LlamaTokenizerFast  # what tokenizer_config.json calls it as a rule
+
+__all__ = [
+    "AutoTokenizer",
+    "BatchEncoding",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TextStream",
+    "load_tokenizer",
+]

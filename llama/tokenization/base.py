@@ -6,6 +6,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,14 +18,18 @@ from .batch import BARE, BatchEncoding, Frame, Pieces, Places, Row, as_tensors, 
 from .options import VERY_LARGE, Options, check_side
 from .special import NAMES, as_token, flags_of
 
-# Keywords of transformers' from_pretrained that change nothing here: nothing is run, downloads always go on.
-IDLE = {"trust_remote_code", "resume_download", "proxies"}
+# Keywords of transformers' from_pretrained that change nothing here: nothing is run, downloads always go on, and the
+# class that is asked for is the one that is made.
+IDLE = {"trust_remote_code", "resume_download", "proxies", "use_fast", "config", "_commit_hash"}
+SAVED_ANYHOW = {"safe_serialization", "save_jinja_files"}  # of save_pretrained: there are no weights to save, and
+# the template goes into tokenizer_config.json, where every version of transformers reads it
 OPTIONS = [field.name for field in fields(Options)]
 # What tokenizer_config.json says that is not the same for every tokenizer class.
 SETTINGS = {
     "additional_special_tokens", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "chat_template", "clean_up_tokenization_spaces", "extra_special_tokens", "legacy", "model_input_names",
-    "model_max_length", "padding_side", "sp_model_kwargs", "spaces_between_special_tokens", "split_special_tokens",
+    "model_max_length", "model_specific_special_tokens", "padding_side", "sp_model_kwargs",
+    "spaces_between_special_tokens", "split_special_tokens",
     "truncation_side", "use_default_system_prompt", *NAMES,
 }  # fmt: skip
 
@@ -40,14 +45,17 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     def _set_up(self, settings: Mapping[str, Any], padding_side: str) -> None:
         """Take what a constructor or tokenizer_config.json says; the special tokens are the subclass's to register."""
         self.init_kwargs = dict(settings)
-        self._named, self._additional, self._demoted = {}, [], set()
+        self._named, self._additional, self._demoted, self._own = {}, [], set(), {}
         self.padding_side = settings.get("padding_side") or padding_side
         self.truncation_side = settings.get("truncation_side") or "right"
         longest = settings.get("model_max_length") or VERY_LARGE
         if not isinstance(longest, int | float) or not abs(longest) <= sys.float_info.max:
             raise ValueError(f"model_max_length must be a number, got {longest!r}")
         self.model_max_length = int(longest)
-        self.model_input_names = list(settings.get("model_input_names") or ["input_ids", "attention_mask"])
+        inputs = settings.get("model_input_names") or ["input_ids", "attention_mask"]
+        if not isinstance(inputs, list | tuple):
+            raise ValueError(f"model_input_names must be a list of names, got {inputs!r}")
+        self.model_input_names = list(inputs)
         self.clean_up_tokenization_spaces = bool(settings.get("clean_up_tokenization_spaces", False))
         self.spaces_between_special_tokens = bool(settings.get("spaces_between_special_tokens", False))
         self.split_special_tokens = bool(settings.get("split_special_tokens", False))
@@ -74,8 +82,13 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         """The text of ids that all have a token."""
 
     @abstractmethod
-    def _add(self, token: AddedToken) -> None:
-        """Add one token, or mark the one of this content as added."""
+    def _add(self, *tokens: AddedToken) -> None:
+        """Add tokens, or mark those of this content as added."""
+
+    @property
+    def _keeps_spaces(self) -> bool:
+        """Whether cleaning up would take out spaces of the text itself: decoding has put none in."""
+        return False
 
     @abstractmethod
     def _vocabulary_files(self, folder: Path, prefix: str) -> list[Path]:
@@ -93,6 +106,11 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     @abstractmethod
     def get_vocab(self) -> dict[str, int]:
         """The id of every token."""
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The id of every token: `get_vocab`."""
+        return self.get_vocab()
 
     @abstractmethod
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -167,6 +185,8 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         """What `_batch` takes: a list of two strings, or of two lists of words, is a pair."""
         if isinstance(item, str):
             return item
+        if item is None:
+            raise ValueError("text must be a string or a list of strings, got a list with NoneType in it")
         inner = list if options.is_split_into_words else str
         is_pair = isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], inner)
         return (item[0], item[1]) if is_pair else (item, None)
@@ -305,6 +325,8 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         finished: dict[str, Any] = values
         if single and options.return_tensors is None and not windowed:
             finished = {name: value[0] for name, value in values.items()}
+            if self.is_fast and options.return_length:
+                finished["length"] = values["length"]  # a list, as transformers' fast class gives it
         finished = as_tensors(finished, options.return_tensors)
         return BatchEncoding(finished, (lambda: rows) if self.is_fast else None, self._name)
 
@@ -499,6 +521,10 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         assert token is not None
         return token
 
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return self.added_tokens_encoder
+
     def _checked(self, ids: Iterable[Any]) -> list[int]:
         numbers = [int(i) for i in ids]
         for number in numbers:
@@ -512,32 +538,34 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool | None = None,
+        use_source_tokenizer: bool = False,
     ) -> Any:
         """The text of ids; of a list of lists, a list of texts. Bytes that make no character become U+FFFD.
 
         Args:
-            clean_up_tokenization_spaces: take the space before punctuation and English contractions out.
+            clean_up_tokenization_spaces: take the space before punctuation and English contractions out. Byte-level
+                vocabularies give the text as it was all the same, as in transformers 5.
             spaces_between_special_tokens: put a space on both sides of added tokens. SentencePiece's vocabularies only.
+            use_source_tokenizer: changes nothing; there is one tokenizer for both sides.
 
         Without a word, both are as the tokenizer was made.
         """
         ids = _as_lists(token_ids)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+            return self.batch_decode(
+                ids, skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens
+            )
         if isinstance(ids, str | Mapping) or not isinstance(ids, int | Iterable):
             raise ValueError(f"ids must be numbers, got {type(token_ids).__name__}")
         numbers = self._checked([ids] if isinstance(ids, int) else ids)
         if skip_special_tokens:
-            silent = set(self.all_special_ids)
-            numbers = [number for number in numbers if number not in silent]
+            numbers = [number for number in numbers if number not in self._silent]
         spaces = spaces_between_special_tokens
         text = self._join(numbers, self.spaces_between_special_tokens if spaces is None else spaces)
-        clean = clean_up_tokenization_spaces
-        return (
-            self.clean_up_tokenization(text)
-            if (self.clean_up_tokenization_spaces if clean is None else clean)
-            else text
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
+        return self.clean_up_tokenization(text) if clean and not self._keeps_spaces else text
 
     def batch_decode(
         self, sequences: Iterable, skip_special_tokens: bool = False, *args: Any, **kwargs: Any
@@ -557,7 +585,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         ids = _as_lists(ids)
         if isinstance(ids, int):
             return self._name(self._checked([ids])[0])
-        silent = set(self.all_special_ids) if skip_special_tokens else set()
+        silent = set(self.all_special_ids) if skip_special_tokens else ()
         return [self._name(number) for number in self._checked(ids) if number not in silent]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
@@ -581,17 +609,19 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
             special_tokens: whether decoding can skip them.
         """
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens or [])
-        before = len(self)
+        before, known, listed, new = len(self), set(self.all_special_tokens), self.special_names, []
         for token in tokens:
-            named = str(token) in self.all_special_tokens or special_tokens
+            named = str(token) in known or special_tokens
             made = as_token(token, "a new token", normalized=not named, special=named)
             if special_tokens and not made.special:
                 made = special.copy_of(made, special=True)
             if not made.content:
                 continue
-            self._add(made)
-            if made.special and made.content not in self.special_names:
+            new.append(made)
+            if made.special and made.content not in listed:
                 self._additional.append(made)
+                listed.add(made.content)
+        self._add(*new)
         return len(self) - before
 
     @property
@@ -615,8 +645,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
                 setattr(self, name, token)
             elif name in ("additional_special_tokens", "extra_special_tokens"):
                 made = [as_token(token, name, normalized=False, special=True) for token in value]
-                for token in made:
-                    self._add(special.copy_of(token, special=True))
+                self._add(*(special.copy_of(token, special=True) for token in made))
                 kept = [] if replace_additional_special_tokens else self._additional
                 names = {token.content for token in kept}
                 self._replace_additional([*kept, *(token for token in made if token.content not in names)])
@@ -645,6 +674,8 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
             said.pop(name, None)
         if self._additional:
             said["additional_special_tokens"] = self.additional_special_tokens
+        if self._own:
+            said["model_specific_special_tokens"] = self._own
         said["added_tokens_decoder"] = {str(number): flags_of(t) for number, t in self.added_tokens_decoder.items()}
         for name in ("clean_up_tokenization_spaces", "model_max_length", "spaces_between_special_tokens"):
             said[name] = getattr(self, name)
@@ -668,8 +699,11 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
         push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> tuple[str, ...]:
         """Write the tokenizer's files into a folder, as transformers reads them; gives their paths."""
+        if unknown := kwargs.keys() - SAVED_ANYHOW:
+            raise ValueError(f"{min(unknown)!r} is no option of the tokenizer's save_pretrained")
         if push_to_hub:
             raise ValueError("push_to_hub: files are written here only; upload the folder yourself")
         if legacy_format is False and not self.is_fast:
@@ -687,6 +721,9 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
             },
         }
         added = {t: n for t, n in self.get_added_vocab().items() if n >= self.vocab_size}
+        further = () if start else (folder / "additional_chat_templates").glob("*.jinja")
+        for stale in (folder / f"{start}chat_template.jinja", *further):
+            stale.unlink(missing_ok=True)  # templates of before, which would win over tokenizer_config.json
         paths = [_written(folder / f"{start}{name}", content) for name, content in said.items()]
         paths += self._vocabulary_files(folder, start)
         if added:
@@ -755,8 +792,8 @@ def _removals(lengths: list[int], count: int, strategy: str) -> list[int]:
     for length, out in zip(lengths, removed, strict=True):
         if out > length:
             raise ValueError(
-                f"max_length leaves no room: {out} tokens would have to go from a text of {length}; "
-                "raise it, or use truncation='longest_first'"
+                f"max_length leaves no room: {out} tokens would have to go from a text of {length}; raise it"
+                + (", or use truncation='longest_first'" if len(lengths) == 2 and strategy != "longest_first" else "")
             )
     return removed
 

@@ -1,6 +1,7 @@
 """A tokenizer's output on its way: pieces of a text, the rows of a batch, and the batch itself."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,12 +111,17 @@ class Row:
     def words(self) -> list[int | None]:
         return self._places("word_ids", None)
 
+    def of_word(self, word: int, sequence: int) -> list[int]:
+        """The places of a word's tokens."""
+        pairs = zip(self.words, self.sequences, strict=True)
+        return [place for place, pair in enumerate(pairs) if pair == (word, sequence)]
+
 
 class BatchEncoding(dict):
     """A model's inputs by name, as keys and as attributes.
 
     What the fast tokenizer makes also knows which characters each token comes from: `tokens`, `word_ids`,
-    `sequence_ids`, `char_to_token`, `token_to_chars`, `char_to_word`.
+    `sequence_ids`, `char_to_token`, `token_to_chars`, `char_to_word` and so on, and `encodings` with all of it by row.
     """
 
     def __init__(
@@ -133,31 +139,69 @@ class BatchEncoding(dict):
         except KeyError as error:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from error
 
+    def __missing__(self, item: Any) -> Any:
+        """Of a row's number, all that is known of the row."""
+        if isinstance(item, int):
+            return Encoding(self._row(item), self._names)
+        raise KeyError(item)
+
+    def __copy__(self) -> "BatchEncoding":
+        return BatchEncoding(self, self._rows, self._names)
+
+    copy = __copy__
+
     def __reduce__(self) -> Any:
-        return BatchEncoding, (dict(self),)
+        """Without the tokenizer: where the tokens come from is worked out and goes along."""
+        if self._rows is None:
+            return BatchEncoding, (dict(self),)
+        names = {number: self._names(number) for row in self._all_rows() for number in row.ids}  # type: ignore[misc]
+        return BatchEncoding, (dict(self), partial(list, self._all_rows()), names.__getitem__)
 
     @property
     def data(self) -> dict[str, Any]:
-        """The values as a plain dictionary."""
-        return dict(self)
+        """The values: this very dictionary."""
+        return self
 
     @property
     def is_fast(self) -> bool:
         """Whether the tokens know their characters."""
         return self._rows is not None
 
-    def to(self, device: Any) -> "BatchEncoding":
-        """The same, its tensors on `device`."""
-        return BatchEncoding(
-            {k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()}, self._rows, self._names
-        )
+    @property
+    def encodings(self) -> "list[Encoding] | None":
+        """What is known of each row, under the names of the library `tokenizers`; None from `LlamaTokenizer`."""
+        return None if self._rows is None else [Encoding(row, self._names) for row in self._all_rows()]
 
-    def _row(self, batch_index: int) -> Row:
+    @property
+    def n_sequences(self) -> int | None:
+        """1, or 2 for pairs; None from `LlamaTokenizer`."""
+        return None if self._rows is None else len(self._row(0).texts)
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> "BatchEncoding":
+        """The same, its tensors on `device`."""
+        moved = {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in self.items()}
+        return BatchEncoding(moved, self._rows, self._names)
+
+    def convert_to_tensors(self, tensor_type: Any = None, prepend_batch_axis: bool = False) -> "BatchEncoding":
+        """Make "np" arrays or "pt" tensors of the values, in place; with `prepend_batch_axis` a batch of one."""
+        self.update(as_tensors(dict(self), getattr(tensor_type, "value", tensor_type), prepend_batch_axis))
+        return self
+
+    def _all_rows(self) -> list[Row]:
         if self._rows is None:
             raise ValueError("only what LlamaTokenizerFast has encoded knows where its tokens come from")
         if self._made is None:
             self._made = self._rows()
-        return self._made[batch_index]
+        return self._made
+
+    def _row(self, batch_index: int) -> Row:
+        return self._all_rows()[batch_index]
+
+    def _at(self, batch_or_token_index: int, token_index: int | None) -> tuple[Row, int]:
+        """A row, the first if only a token is named, and a token's place in it."""
+        at, token = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
+        row = self._row(at)
+        return row, token + len(row.ids) if token < 0 else token
 
     def tokens(self, batch_index: int = 0) -> list[str]:
         """The tokens of a row, as text."""
@@ -175,9 +219,38 @@ class BatchEncoding(dict):
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> "CharSpan | None":
         """The characters that a token comes from; None for special tokens."""
-        at, token = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
-        row = self._row(at)
+        row, token = self._at(batch_or_token_index, token_index)
         return None if row.sequences[token] is None else CharSpan(*row.spans[token])
+
+    def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """Which text of the pair a token is from; None for special tokens."""
+        row, token = self._at(batch_or_token_index, token_index)
+        return row.sequences[token]
+
+    def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """The number of a token's word in its text; None for special tokens."""
+        row, token = self._at(batch_or_token_index, token_index)
+        return row.words[token]
+
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> "TokenSpan | None":
+        """The tokens of a word; None where it has none."""
+        row, word = self._row_and_word(batch_or_word_index, word_index)
+        found = row.of_word(word, sequence_index)
+        return TokenSpan(found[0], found[-1] + 1) if found else None
+
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> "CharSpan | None":
+        """The characters of a word; None where it has no token."""
+        row, word = self._row_and_word(batch_or_word_index, word_index)
+        spans = [row.spans[token] for token in row.of_word(word, sequence_index)]
+        return CharSpan(spans[0][0], spans[-1][1]) if spans else None
+
+    def _row_and_word(self, batch_or_word_index: int, word_index: int | None) -> tuple[Row, int]:
+        at, word = (0, batch_or_word_index) if word_index is None else (batch_or_word_index, word_index)
+        return self._row(at), word
 
     def char_to_token(self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0):
         """The first token that a character is part of; None for one that no token holds."""
@@ -197,6 +270,26 @@ class CharSpan(NamedTuple):
     end: int
 
 
+class TokenSpan(NamedTuple):
+    start: int
+    end: int
+
+
+class Encoding:
+    """What is known of one row, under the names that the library `tokenizers` gives it."""
+
+    def __init__(self, row: Row, names: Callable[[int], str] | None):
+        assert names is not None
+        self.ids, self.tokens = row.ids, [names(number) for number in row.ids]
+        self.type_ids, self.attention_mask, self.special_tokens_mask = row.types(0), row.attention, row.special
+        self.offsets, self.sequence_ids = row.spans, row.sequences
+        self.word_ids = self.words = row.words
+        self.n_sequences = len(row.texts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 def as_tensors(values: dict[str, Any], kind: str | None, single: bool = False) -> dict[str, Any]:
     """Lists as "np" arrays or "pt" tensors; None leaves them. A `single` text becomes a batch of one."""
     if kind is None:
@@ -213,7 +306,11 @@ def as_tensors(values: dict[str, Any], kind: str | None, single: bool = False) -
             raise ValueError("texts of different lengths make no tensor; pass padding=True")
         dtype = np.int64 if rows and max(rows) == 0 else None
         array = np.array(value, dtype)
-        made[name] = array if kind == "np" else torch.tensor(array)
+        if kind == "np":
+            made[name] = array
+        else:  # Python's floats become PyTorch's default type
+            floats = isinstance(value, list) and array.dtype == np.float64
+            made[name] = torch.tensor(array, dtype=torch.get_default_dtype() if floats else None)
     return made
 
 

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
+from inspect import isroutine
+from string import Formatter
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context, pass_eval_context
@@ -20,10 +22,12 @@ from jinja2.visitor import NodeTransformer
 
 from . import special
 from .batch import BatchEncoding
+from .tools import schema_of
 
 MAX_STEPS = 1_000_000  # rounds of loops and calls of macros
 MAX_TEXT = 100_000_000  # characters
-MAX_FACTOR = 1_000_000  # of repetitions, widths and powers
+MAX_FACTOR = 1_000_000  # of widths
+LENGTHENING = ("center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill")  # methods that make as much as one says
 
 # Meta's repository "llama", llama/generation.py (July 2023).
 DEFAULT_SYSTEM_PROMPT = (
@@ -141,7 +145,8 @@ class ChatTemplates(special.SpecialTokens):
 
         Args:
             conversation: one, or a list of them.
-            tools: JSON schemas of functions that the model may call, for the template to see.
+            tools: functions that the model may call, for the template to see: JSON schemas, or Python functions with
+                type hints and a docstring that has an "Args:" section.
             documents: dictionaries of strings, for the template to see.
             chat_template: a template, or the name of one of the tokenizer's, instead of its own.
             add_generation_prompt: end with the words that open the assistant's answer.
@@ -191,9 +196,11 @@ class ChatTemplates(special.SpecialTokens):
 
 def _schemas(tools: Sequence[Any] | None) -> list[Any] | None:
     for tool in tools or []:
-        if not isinstance(tool, Mapping):
-            raise ValueError(f"tools must be JSON schemas, that is dictionaries; got {type(tool).__name__}")
-    return None if tools is None else list(tools)
+        if not isinstance(tool, Mapping) and not isroutine(tool):
+            raise ValueError(
+                f"tools must be JSON schemas, that is dictionaries, or functions; got {type(tool).__name__}"
+            )
+    return None if tools is None else [tool if isinstance(tool, Mapping) else schema_of(tool) for tool in tools]
 
 
 def _mask(out: BatchEncoding, row: int, spans: list[tuple[int, int]]) -> list[int]:
@@ -306,7 +313,7 @@ class Limited(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [value for value in (left, right) if isinstance(value, int | float)]
         if operator == "%":
-            check_form(left)
+            check_widths(left)
         elif operator == "**":
             if any(abs(size) > 1000 for size in sizes):
                 raise TemplateError("a power in it is too large")
@@ -319,11 +326,12 @@ class Limited(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         _run.get().step()
-        check_numbers(*args, *kwargs.values())
         method = getattr(function, "__wrapped__", function)  # of str.format, which the sandbox wraps
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str) and name in ("format", "format_map"):
-            check_form(owner)
+        if isinstance(owner, str | bytes | int) and name in LENGTHENING:
+            check_numbers(*args, *kwargs.values())
+        elif isinstance(owner, str) and name in ("format", "format_map"):
+            check_fields(owner)
         elif isinstance(owner, str) and name in ("replace", "join"):
             for other in args:
                 check_product(owner, other)
@@ -367,22 +375,33 @@ def check_product(one: Any, other: Any) -> None:
         raise TemplateError("it repeats a value too often")
 
 
-def check_form(form: Any) -> None:
-    """A form such as "%999999999d" asks for that many spaces."""
-    if isinstance(form, str) and re.search(r"\d{7}", form):
+def check_widths(form: Any) -> None:
+    """A form such as "%999999999d" asks for that many spaces, and "%*d" for as many as its argument says."""
+    if isinstance(form, str | bytes):
+        text = str(form).replace("%%", "")
+        before = "[%)]" if "%(" in text else "%"
+        if re.search(before + r"[-+ #0]*(\d*\.)?(\d{7}|\*)", text):
+            raise TemplateError("a width in it is too large")
+
+
+def check_fields(form: str) -> None:
+    """The same in the way of str.format: "{:999999999}", and "{:{}}" for as many spaces as its argument says."""
+    if any(re.search(r"\d{7}|{", spec or "") for _, _, spec, _ in Formatter().parse(form)):
         raise TemplateError("a width in it is too large")
 
 
 def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is not called with very large numbers or products."""
+    lengthening = function.__name__ not in ("do_format", "do_join", "do_replace")
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check_numbers(*args[1:], *kwargs.values())
+        if lengthening:
+            check_numbers(*args[1:], *kwargs.values())
         texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str | list | tuple)]
         for other in texts[1:]:
             check_product(texts[0], other)
         if function.__name__ == "do_format":
-            check_form(texts[0] if texts else None)
+            check_widths(texts[0] if texts else None)
         return function(*args, **kwargs)
 
     vars(checked).update(vars(function))  # what jinja2 is to pass along
@@ -403,6 +422,7 @@ def _environment() -> Limited:
         raise TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        check_numbers(indent)
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = Limited(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])

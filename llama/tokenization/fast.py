@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,11 +14,17 @@ from .base import LlamaTokenizerBase
 from .batch import Frame, Pieces, Places
 from .model_file import SentencePieceFile, is_ranks, read_model, read_ranks
 from .slow import framed
-from .special import NAMES, as_token, copy_of
+from .special import NAMES, copy_of
 
 # In tokenizer_config.json: this tokenizer.json was built here from a .model, and SentencePiece's rules hold where the
 # library has none.
 BUILT = "built_from_sentencepiece"
+# What tokenizer_config.json says of tokens.
+LISTED = {
+    *NAMES, "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
+    "model_specific_special_tokens",
+}  # fmt: skip
+USUAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 class LlamaTokenizerFast(LlamaTokenizerBase):
@@ -66,7 +73,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         if tokenizer_file is not None and not isinstance(tokenizer_file, Mapping):
             library = read_tokenizer_json(Path(tokenizer_file))
             model = None if vocab_file is None else read_model(vocab_file)  # type: ignore[arg-type]
-            self._take(library, _with_known_names(library, settings), model)
+            said = {name: value for name, value in settings.items() if name not in USUAL or value != USUAL[name]}
+            self._take(library, with_known_names(library, said), model)
             if add_bos_token is not None or add_eos_token is not None:
                 self.update_post_processor()
         elif vocab_file is not None and not isinstance(vocab_file, Tokenizer):
@@ -84,25 +92,21 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         self._rules = dict(settings[BUILT]) if isinstance(settings.get(BUILT), Mapping) else None
         self._flags: dict[str, bool] | None = None
         self._frames: dict[bool, Frame] = {}
-        for name in NAMES:
-            if (value := settings.get(name)) is not None:
-                where = f"{name} in tokenizer_config.json"
-                self._named[name] = as_token(value, where, normalized=False, special=True)
-        further = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-        for value in further if isinstance(further, list | tuple) else []:
-            self._additional.append(as_token(value, "additional_special_tokens", normalized=False, special=True))
+        loading.register(self, settings, obeyed=True)
         if self._rules:
-            self._flags = {name: bool(settings.get(f"add_{name}_token")) for name in ("bos", "eos")}
+            said = {name: settings.get(f"add_{name}_token") for name in ("bos", "eos")}
+            if said != {"bos": None, "eos": None}:  # transformers 5 leaves both out and keeps the template
+                self._flags = {name: bool(value) for name, value in said.items()}
             listed = settings.get("added_tokens_decoder") or {}
             self._demoted = {token["content"] for token in listed.values() if token.get("special") is False}
-        self._look_at_added()
+            self._forget()
 
     def _build(self, model: bytes, name: str, settings: Mapping[str, Any], llama_version: str | None = None) -> None:
         """Make a tokenizer from a `.model` file."""
         if is_ranks(model):
             special = building.LLAMA3_SPECIAL if llama_version == "3" else building.LLAMA31_SPECIAL
             library, defaults = building.from_ranks(read_ranks(model, name), special), LLAMA_3
-            self._take(library, {n: v for n, v in settings.items() if n not in NAMES}, model)
+            self._take(library, {n: v for n, v in settings.items() if n not in LISTED}, model)
             self._flags = {"bos": True, "eos": False}
             named = {n: v for n, v in settings.items() if n in NAMES and v not in ("<unk>", "<s>", "</s>")}
             settings = {n: v for n, v in settings.items() if n not in NAMES} | {"unk_token": None} | defaults | named
@@ -111,7 +115,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             legacy = settings.get("legacy") is not False
             prefix = settings.get("add_prefix_space") is not False and (file.add_dummy_prefix or not legacy)
             library = building.from_sentencepiece(file, name, legacy, prefix)
-            self._take(library, {n: v for n, v in settings.items() if n not in NAMES}, model)
+            self._take(library, {n: v for n, v in settings.items() if n not in LISTED}, model)
             self._rules = {"legacy": legacy, "add_prefix_space": prefix, "vocab_size": len(file.pieces)}
         self._additional = []
         loading.register(self, settings)
@@ -121,15 +125,13 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             self._flags["bos"] = False
         self.update_post_processor()
 
-    def _look_at_added(self) -> None:
-        self._plain_added = frozenset(n for n, token in self.added_tokens_decoder.items() if not token.special)
-
-    def _replace_additional(self, tokens: list[AddedToken]) -> None:
-        super()._replace_additional(tokens)
-        self._look_at_added()
+    @cached_property
+    def _plain_added(self) -> frozenset[int]:
+        return frozenset(n for n, token in self.added_tokens_decoder.items() if not token.special)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tokenizer": self._tokenizer.to_str()}
+        kept = {name: value for name, value in vars(self).items() if name != "_literal"}
+        return kept | {"_tokenizer": self._tokenizer.to_str()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_tokenizer": Tokenizer.from_str(state["_tokenizer"])})
@@ -137,7 +139,15 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
     @property
     def backend_tokenizer(self) -> Tokenizer:
         """The library's tokenizer."""
+        self._forget()  # who asks for it may change it
         return self._tokenizer
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """The library's tokenizer once more, for `split_special_tokens`: other threads are using the first."""
+        made = Tokenizer.from_str(self._tokenizer.to_str())
+        made.encode_special_tokens = True
+        return made
 
     # Text to ids
 
@@ -145,18 +155,14 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"text must be a string, got {type(text).__name__}")
-        if split_special_tokens:
-            self._tokenizer.encode_special_tokens = True
+        library = self._literal if split_special_tokens else self._tokenizer
         try:
             # Twice as fast as encode_batch, since it does not work out where each token comes from.
-            found = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            found = [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError as error:  # what the library says of surrogates
             raise ValueError("the text is not valid Unicode: it holds bytes that are no UTF-8") from error
         except Exception as error:  # the library raises plain Exception where a tokenizer's parts do not fit together
             raise ValueError(f"{self.name_or_path}: the tokenizer cannot encode the text ({error})") from error
-        finally:
-            if split_special_tokens:
-                self._tokenizer.encode_special_tokens = False
         if self._rules is not None:
             found = [self._by_the_rules(text, ids) for text, ids in zip(texts, found, strict=True)]
         return [
@@ -274,7 +280,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     def _join_tokens(self, tokens: list[str], spaces: bool) -> str:
         assert self._rules is not None
-        added = self.added_tokens_encoder
+        added = self._added_ids
         named = {token.content for token in self._named.values()}
         apart = {t for t, n in added.items() if n >= self._rules["vocab_size"]} - named if spaces else set()
         return pieces.join(tokens, added, apart, self._rules["add_prefix_space"], self._rules["legacy"])
@@ -287,11 +293,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return decoder.decode(tokens) if decoder is not None else " ".join(tokens)
 
     @property
-    def all_special_tokens(self) -> list[str]:
-        """What decoding can skip: those with a name, and added ones marked as special; in a file, only the latter."""
-        if self._rules is not None:
-            return super().all_special_tokens
-        return [token.content for token in self.added_tokens_decoder.values() if token.special]
+    def _keeps_spaces(self) -> bool:
+        return "ByteLevel" in str(self._tokenizer.decoder)
 
     @property
     def _judges_runs_of_bytes(self) -> bool:
@@ -309,15 +312,14 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
     def _token_of(self, number: int | None) -> str | None:
         return self._tokenizer.id_to_token(number) if number is not None and 0 <= number < 2**32 else None
 
-    def _add(self, token: AddedToken) -> None:
+    def _add(self, *tokens: AddedToken) -> None:
+        known = {token.content for token in self._flagged().values()}
+        tokens = tuple(token for token in tokens if token.content not in known)
         if self._rules is not None:
             # SentencePiece does not normalize; in the library's way, a normalized token would take the space in front
-            token = copy_of(token, normalized=False)
-        if token.special:
-            self._tokenizer.add_special_tokens([token])
-        else:
-            self._tokenizer.add_tokens([token])
-        self._look_at_added()
+            tokens = tuple(copy_of(token, normalized=False) for token in tokens)
+        self._tokenizer.add_tokens(list(tokens))
+        self._forget()
 
     @property
     def vocab_size(self) -> int:
@@ -401,14 +403,13 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         elif (path.is_file() and path.suffix == ".json") or (path.is_dir() and file.exists() and not rebuild):
             library = read_tokenizer_json(file)
             kept = read_model(model) if path.is_dir() and model.is_file() else None
-            made._take(library, _with_known_names(library, settings | options), kept)
+            made._take(library, with_known_names(library, settings | options), kept)
         elif path.is_dir() and not model.exists():
             wanted = model if rebuild else file
             raise FileNotFoundError(f"{wanted} does not exist, nor a tokenizer.model: a tokenizer is read from there")
         else:
-            defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
             version = loading.llama_version(model.parent) if version is None else version
-            made._build(read_model(model), str(model), defaults | settings | options, version)
+            made._build(read_model(model), str(model), USUAL | settings | options, version)
             options = {}
         if any(options.get(f"add_{name}_token") is not None for name in ("bos", "eos")):
             said_bos, said_eos = options.get("add_bos_token"), options.get("add_eos_token")
@@ -440,13 +441,13 @@ class LaterPlaces:
             self._found = self._find()
         return self._found
 
+    def __reduce__(self) -> Any:
+        """A copy is what was found: the tokenizer does not go along."""
+        return Places, tuple(self._places)
+
     def _find(self) -> Places:
-        library = self._tokenizer.backend_tokenizer
-        try:
-            library.encode_special_tokens = self._split
-            encoding = library.encode(self._text, add_special_tokens=False)
-        finally:
-            library.encode_special_tokens = False
+        library = self._tokenizer._literal if self._split else self._tokenizer._tokenizer
+        encoding = library.encode(self._text, add_special_tokens=False)
         unseen = len(self._ids) - len(encoding.ids)  # a space in front that no character stands for
         if self._ids[max(0, unseen) :] != encoding.ids[max(0, -unseen) :]:
             raise ValueError("the tokenizer has been changed since it encoded this text; encode it again")
@@ -464,16 +465,10 @@ class LaterPlaces:
         return self._places.word_ids
 
 
-def _with_known_names(library: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama's usual special tokens, where a tokenizer.json has them and nothing else is said."""
-    usual = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+def with_known_names(library: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and Llama's usual special tokens where a tokenizer.json has them and nothing is said of them."""
     added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
-    said = {name: value for name, value in settings.items() if name not in usual or value is not None}
-    for name, token in usual.items():
-        if said.get(name, token) == token and token not in added:
-            said.pop(name, None)
-    silent = {name: token for name, token in usual.items() if name not in settings and token in added}
-    return silent | said
+    return {name: token for name, token in USUAL.items() if token in added} | dict(settings)
 
 
 def _written_frame(library: Tokenizer, pair: bool) -> Frame:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .special import NAMES, as_token
+from tokenizers import AddedToken
+
+from .special import NAMES, as_token, copy_of
 
 if TYPE_CHECKING:
     from .base import LlamaTokenizerBase
@@ -13,11 +15,18 @@ if TYPE_CHECKING:
     from .slow import LlamaTokenizer
 
 
+# The classes whose tokenizers are filled up on the left; a folder that names no class is taken for one of Llama's.
+LEFT = (None, "LlamaTokenizer", "LlamaTokenizerFast")
+
+
 def load_tokenizer(
     where: str | os.PathLike[str], *, use_fast: bool = True, **kwargs: Any
 ) -> "LlamaTokenizerFast | LlamaTokenizer":
     """The tokenizer at `where`: a folder with tokenizer.json or tokenizer.model, one of these files, a `.gguf` file, a
     Hugging Face id, of which the tokenizer's files alone are downloaded, or the alias "smollm2".
+
+    Where nothing is said of `padding_side`, it is transformers': "left" for Llama's tokenizer classes, "right" for all
+    others that tokenizer_config.json names.
 
     Args:
         use_fast: False gives `LlamaTokenizer`, which needs a tokenizer.model of SentencePiece's.
@@ -30,7 +39,11 @@ def load_tokenizer(
     from .fast import LlamaTokenizerFast
     from .slow import LlamaTokenizer
 
-    return (LlamaTokenizerFast if use_fast else LlamaTokenizer).from_pretrained(where, **kwargs)
+    made = (LlamaTokenizerFast if use_fast else LlamaTokenizer).from_pretrained(where, **kwargs)
+    said = made.init_kwargs
+    if not said.get("padding_side") and said.get("tokenizer_class") not in LEFT:
+        made.padding_side = "right"
+    return made
 
 
 class AutoTokenizer:
@@ -54,6 +67,8 @@ def found(where: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
     """
     from ..checkpoints.where import find, hub_options  # which read tokenizers in their turn
 
+    if (token := kwargs.pop("use_auth_token", None)) is not None:  # what `token` was called
+        kwargs.setdefault("token", token)
     path = find(where, wanted="tokenizer", **hub_options(kwargs))
     above = path.absolute().parent / "tokenizer.model"
     own = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
@@ -74,6 +89,7 @@ def folder_settings(folder: Path) -> dict[str, Any]:
 
     path = folder / "tokenizer_config.json"
     said = read_json(path) if path.exists() else {}
+    check_ids(said.get("added_tokens_decoder") or {}, path)
     path = folder / "special_tokens_map.json"
     if path.exists():  # older than tokenizer_config.json's own entries, which win
         named = read_json(path)
@@ -81,44 +97,96 @@ def folder_settings(folder: Path) -> dict[str, Any]:
     path = folder / "added_tokens.json"
     if path.exists() and "added_tokens_decoder" not in said:
         said["added_tokens_decoder"] = {number: {"content": token} for token, number in read_json(path).items()}
+        check_ids(said["added_tokens_decoder"], path)
     template = folder / "chat_template.jinja"  # where transformers 5 puts it
     if template.exists():
-        said["chat_template"] = template.read_text(encoding="utf-8")
+        said["chat_template"] = _read_text(template)
     further = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if further:
         default = {"default": said["chat_template"]} if isinstance(said.get("chat_template"), str) else {}
-        said["chat_template"] = default | {path.stem: path.read_text(encoding="utf-8") for path in further}
+        said["chat_template"] = default | {path.stem: _read_text(path) for path in further}
     return said
 
 
-def register(tokenizer: "LlamaTokenizerBase", settings: Mapping[str, Any]) -> None:
-    """Add the tokens that `settings` list, those with their ids first, and give the special ones their names."""
+def check_ids(listed: Any, path: Path | None = None) -> None:
+    """Raise a ValueError, which names the file, where `listed` is no mapping from ids."""
+    if not isinstance(listed, Mapping) or not all(str(number).isdecimal() for number in listed):
+        raise ValueError(
+            f"{f'{path}: ' if path else ''}added tokens must be listed by their ids, which are whole numbers; got "
+            f"{listed!r}"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); fetch it anew") from error
+
+
+def register(tokenizer: "LlamaTokenizerBase", settings: Mapping[str, Any], obeyed: bool = False) -> None:
+    """Add the tokens that `settings` list, those with their ids first, and give the special ones their names.
+
+    Args:
+        obeyed: the tokenizer comes from a tokenizer.json, which is right about the tokens that it has. Otherwise the
+            ids must be those listed, and special tokens without a name become additional ones.
+    """
     listed = settings.get("added_tokens_decoder") or {}
-    if not isinstance(listed, Mapping):
-        raise ValueError(f"added_tokens_decoder must list tokens by their ids, got {listed!r}")
+    check_ids(listed)
+    tokens: dict[str, AddedToken] = {}
+    size = len(tokenizer)
     for number, said in sorted(listed.items(), key=lambda item: int(item[0])):
         token = as_token(said, "added_tokens_decoder")
         found = tokenizer._id_of(token.content)
-        if int(number) != (len(tokenizer) if found is None else found):
+        if int(number) != (size if found is None else found) and not (obeyed and found is not None):
             raise ValueError(
                 f"added_tokens_decoder gives {token.content!r} the id {number}, which is taken or leaves a gap"
             )
-        tokenizer._add(token)
+        size += found is None
+        tokens[token.content] = token
     for name in NAMES:
         if (value := settings.get(name)) is not None:
-            token = as_token(value, name, normalized=False, special=True)
-            tokenizer._add(token)
-            tokenizer._named[name] = token
-    further = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    if not isinstance(further, list | tuple):
-        raise ValueError(f"additional_special_tokens must be a list, got {further!r}")
-    for value in further:
-        token = as_token(value, "additional_special_tokens", normalized=False, special=True)
-        tokenizer._add(token)
-        tokenizer._additional.append(token)
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content not in tokenizer.special_names:
-            tokenizer._additional.append(token)
+            where = f"{name} in tokenizer_config.json" if obeyed else name
+            tokenizer._named[name] = as_token(value, where, normalized=False, special=True)
+    tokenizer._own = _names_of_its_own(tokenizer, settings)
+    further = [*_further(settings), *tokenizer._own.values()]
+    made = (as_token(value, "additional_special_tokens", normalized=False, special=True) for value in further)
+    tokenizer._additional = list({token.content: token for token in made}.values())
+    for token in [*tokenizer._named.values(), *tokenizer._additional]:
+        tokens.setdefault(token.content, copy_of(token, special=True))
+    tokenizer._add(*tokens.values())
+    for name, content in tokenizer._own.items():
+        vars(tokenizer).update({name: content, f"{name}_id": tokenizer._id_of(content)})
+    if not obeyed:
+        names = tokenizer.special_names
+        marked = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+        tokenizer._additional += [token for token in marked if token.content not in names]
+    tokenizer._forget()
+
+
+def _further(settings: Mapping[str, Any]) -> list[Any]:
+    """The additional special tokens, which transformers 5 calls extra ones; where both are listed, both count."""
+    found: list[Any] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = settings.get(name) or []
+        if name == "extra_special_tokens" and isinstance(value, Mapping):
+            continue
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} must be a list, got {value!r}")
+        found += value
+    return found
+
+
+def _names_of_its_own(tokenizer: "LlamaTokenizerBase", settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens that only this model has: `extra_special_tokens={"image_token": ...}` of transformers 5."""
+    found: dict[str, str] = {}
+    for setting in ("extra_special_tokens", "model_specific_special_tokens"):
+        said = settings.get(setting)
+        for name, value in said.items() if isinstance(said, Mapping) else ():
+            if not isinstance(name, str) or not name.isidentifier() or hasattr(tokenizer, name):
+                raise ValueError(f"{setting}: {name!r} cannot be the name of a token here; choose another")
+            found[name] = as_token(value, f"{setting}: {name}").content
+    return found
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:

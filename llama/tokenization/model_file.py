@@ -154,4 +154,6 @@ def read_model(path: str | os.PathLike[str]) -> bytes:
     data = path.read_bytes()
     if not data:
         raise ValueError(f"{path} is empty; fetch it anew")
+    if data.startswith(b"GGUF"):
+        raise ValueError(f"{path} is a GGUF file, not a tokenizer.model; LlamaTokenizerFast.from_pretrained reads it")
     return data

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 LARGE = 10**20  # a `model_max_length` above this means that there is none
@@ -17,6 +18,21 @@ def one_of(name: str, value: Any, legal: tuple[str, ...]) -> str:
     if value not in legal:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, True or False, got {value!r}")
     return value
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """`value`, an int or a NumPy integer, as an int.
+
+    Raises:
+        ValueError: it is none, or below `least`.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = -1
+    if number < least:
+        raise ValueError(f"{name} must be a whole number of tokens, at least {least}, got {value!r}")
+    return number
 
 
 @dataclass(kw_only=True)
@@ -58,10 +74,10 @@ class Options:
     def resolve(self, tokenizer: Any) -> "Options":
         """Put the values in force in place of defaults and shorthands."""
         given = self.max_length is not None
-        if given and (not isinstance(self.max_length, int) or isinstance(self.max_length, bool) or self.max_length < 0):
-            raise ValueError(f"max_length must be a whole number of tokens, got {self.max_length!r}")
-        if not isinstance(self.stride, int) or self.stride < 0:
-            raise ValueError(f"stride must be a number of tokens from 0 on, got {self.stride!r}")
+        if given:
+            self.max_length = whole("max_length", self.max_length, 0)
+        if self.stride != 0:
+            self.stride = whole("stride", self.stride, 0)
         if self.truncation is None:
             # as transformers has it: a length alone cuts, and one for padding does not
             self.truncation = given and self.padding is False
@@ -80,8 +96,8 @@ class Options:
             self.padding_side = tokenizer.padding_side
         check_side("padding_side", self.padding_side)
         multiple = self.pad_to_multiple_of
-        if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
-            raise ValueError(f"pad_to_multiple_of must be at least 1, got {multiple!r}")
+        if multiple is not None:
+            multiple = self.pad_to_multiple_of = whole("pad_to_multiple_of", multiple, 1)
         both = self.padding != "do_not_pad" and self.truncation != "do_not_truncate"
         if both and multiple and self.max_length is not None and self.max_length % multiple:
             raise ValueError(f"max_length ({self.max_length}) must be a multiple of pad_to_multiple_of ({multiple})")

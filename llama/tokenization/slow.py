@@ -110,6 +110,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         self._load_models()
         self._added: dict[int, AddedToken] = {}
         self._numbers: dict[str, int] = {}
+        self._size = self.vocab_size
         loading.register(self, settings)
 
     def _load_models(self) -> None:
@@ -239,23 +240,23 @@ class LlamaTokenizer(LlamaTokenizerBase):
             return self._added[number].content
         return self._plain.id_to_piece(int(number)) if 0 <= number < self.vocab_size else None
 
-    def _add(self, token: AddedToken) -> None:
-        if token.content in self._numbers:
-            return
-        number = self._id_of(token.content)
-        self._place(len(self) if number is None else number, copy_of(token))
-
-    def _place(self, number: int, token: AddedToken) -> None:
-        self._added[number] = token
-        self._numbers[token.content] = number
+    def _add(self, *tokens: AddedToken) -> None:
+        for token in tokens:
+            if token.content in self._numbers:
+                continue
+            found = self._id_of(token.content)
+            number = len(self) if found is None else found
+            self._added[number], self._numbers[token.content] = copy_of(token), number
+            self._size = max(self._size, number + 1)
         self._pattern = None
+        self._forget()
 
     @property
     def vocab_size(self) -> int:
         return len(self._file.pieces)
 
     def __len__(self) -> int:
-        return max(self.vocab_size, *(number + 1 for number in self._added)) if self._added else self.vocab_size
+        return self._size
 
     def get_vocab(self) -> dict[str, int]:
         return {piece: number for number, piece in enumerate(self._file.pieces)} | self._numbers

@@ -1,6 +1,7 @@
 """Special tokens: which a tokenizer has, by their names in transformers."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from tokenizers import AddedToken
@@ -59,6 +60,7 @@ class SpecialTokens:
 
     _named: dict[str, AddedToken]
     _additional: list[AddedToken]
+    _own: dict[str, str]  # additional ones that this model gives names of its own, such as image_token
     _demoted: set[str]  # added tokens that were special once
 
     def _id_of(self, token: str) -> int | None:
@@ -74,7 +76,19 @@ class SpecialTokens:
     def _before_change(self, name: str) -> None:
         """What has to be seen to before a special token becomes another."""
 
+    def _forget(self) -> None:
+        """Drop what was worked out from the added tokens: they have changed."""
+        for name in ("_silent", "_added_ids", "_plain_added", "_literal"):
+            vars(self).pop(name, None)
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        """The ids that `skip_special_tokens` skips: those of special tokens, and of added ones marked as special."""
+        marked = {number for number, token in self.added_tokens_decoder.items() if token.special}
+        return frozenset(marked | set(self.all_special_ids))
+
     def _set_named(self, name: str, token: Any) -> None:
+        self._forget()
         if token is None:
             self._before_change(name)
             self._named.pop(name, None)
@@ -119,6 +133,7 @@ class SpecialTokens:
         self._demoted |= {token.content for token in self._additional}
         self._additional = tokens
         self._demoted -= {token.content for token in [*tokens, *self._named.values()]}
+        self._forget()
 
     @property
     def additional_special_tokens_ids(self) -> list[int]:
@@ -145,14 +160,13 @@ class SpecialTokens:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """Those with a name, and added ones that are marked as special."""
+        """Those with a name, and the additional ones."""
         named = [self._named[name].content for name in NAMES if name in self._named]
-        marked = [token.content for token in self.added_tokens_decoder.values() if token.special]
-        return list(dict.fromkeys(named + self.additional_special_tokens + marked))
+        return list(dict.fromkeys(named + self.additional_special_tokens))
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The ids that `skip_special_tokens` skips."""
+        """The ids of `all_special_tokens`."""
         numbers = (self._id_of(token) for token in self.all_special_tokens)
         return list(dict.fromkeys(number for number in numbers if number is not None))
 

@@ -19,7 +19,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
         self._knows = getattr(tokenizer, "knows", lambda token: True)  # transformers' decode takes any id
-        self._silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
+        self._silent = set(getattr(tokenizer, "_silent", tokenizer.all_special_ids)) if skip_special_tokens else set()
         self._decode = lambda ids: tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
