@@ -259,7 +259,8 @@ def convert(
     """Write the model at WHERE (MODEL, or a folder of Meta's files) into the folder OUT.
 
     Only a tensor at a time is in memory, and dtypes stay as they are. What was interrupted goes on where it stopped
-    when it is run again. The line of transformers' script works with `llama convert` in front:
+    when it is run again, and what is finished is left as it is, with all that was edited in it. The line of
+    transformers' script works with `llama convert` in front:
 
         llama convert --input_dir DIR --model_size 7B --output_dir OUT
     """
@@ -511,8 +512,10 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: click.echo(f"llama: {message}", err=True)
     try:
         cli(prog_name="llama")
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         said = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError):  # PyTorch's, as of a GPU that is full, go on for many lines
+            said = said.splitlines()[0]
         if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
             said = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
         click.echo(f"llama: {said}", err=True)

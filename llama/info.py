@@ -14,6 +14,7 @@ from .reference import Config, parameter_shapes
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes a model runs in, and their bytes
 DEFAULT_TOKENS = 4096
+MOST = 10**12  # tokens, and texts
 
 
 @dataclass
@@ -87,8 +88,8 @@ def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> I
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     for name, value in (("tokens", tokens), ("batch", batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST:
+            raise ValueError(f"{name} must be at least 1 and at most {MOST:,}, got {value}")
     tokens = min(DEFAULT_TOKENS, config.max_position_embeddings) if tokens is None else tokens
     tensors = {n: s for n, s in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     for name, shape in parameter_shapes(config):
@@ -116,11 +117,11 @@ def in_bytes(count: int) -> str:
     """ "1.23 GB": three digits and a power of 1000."""
     if count < 1000:
         return f"{count} bytes"
-    units = iter(("kB", "MB", "GB", "TB", "PB", "EB"))
-    size = float(count)
-    while size >= 999.5:
-        size, unit = size / 1000, next(units)
-    return f"{size:#.3g}".rstrip(".") + f" {unit}"
+    units = ("kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB", "RB", "QB")
+    size, power = count / 1000, 0
+    while size >= 999.5 and power < len(units) - 1:
+        size, power = size / 1000, power + 1
+    return f"{size:#.3g}".rstrip(".") + f" {units[power]}"
 
 
 def _format(checkpoint: Checkpoint) -> tuple[str, int]:

@@ -59,8 +59,8 @@ def stream(
     if text.ndim != 2 or text.shape[1] == 0:
         raise ValueError(f"input_ids must be of shape (batch, length > 0), got {text.shape}")
     B, T = text.shape
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, and a whole number, got {max_new_tokens!r}")
     ends = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     named = [("eos_token_id", end) for end in ends]
     if pad_token_id is not None:

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -72,6 +73,7 @@ class Sampler:
     temperature: 0 is greedy, above 0 draws. top_k, top_p, min_p narrow what can be drawn; None, 1 and 0 leave all in.
     repetition_penalty: 1 is none; it also moves the greedy choice.
     seed: the same seed gives the same tokens; None gives others every time. The rows of a batch draw from it in turn.
+    Temperature and penalty lie between 1e-6 and 1e6: further out, logits divided by them leave float32's range.
 
     A value outside its range raises a ValueError that names it.
     """
@@ -84,16 +86,18 @@ class Sampler:
     seed: int | None = None
 
     def __post_init__(self):
-        for name, legal, wanted in (
-            ("temperature", 0 <= self.temperature < np.inf, "0 (greedy) or above"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "None (all) or at least 1"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
-            ("seed", self.seed is None or self.seed >= 0, "None or at least 0"),
+        for name, kind, legal, wanted in (
+            ("temperature", Real, lambda value: value == 0 or 1e-6 <= value <= 1e6, "0 (greedy) or from 1e-6 to 1e6"),
+            ("top_k", Integral, lambda value: value >= 1, "None (all) or a whole number of at least 1"),
+            ("top_p", Real, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("min_p", Real, lambda value: 0 <= value <= 1, "from 0 to 1"),
+            ("repetition_penalty", Real, lambda value: 1e-6 <= value <= 1e6, "from 1e-6 to 1e6"),
+            ("seed", Integral, lambda value: 0 <= value < 2**64, "None or a whole number from 0 to 2**64 - 1"),
         ):
-            if not legal:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            unset = value is None and kind is Integral
+            if not unset and not (isinstance(value, kind) and legal(value)):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
     def filter(
         self, logits: Logits, seen: Int[np.ndarray, "B S"], attention_mask: Int[np.ndarray, "B S"] | None = None

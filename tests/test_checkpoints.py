@@ -1,7 +1,9 @@
 """Reading and writing checkpoints: every format gives the same arrays, every damage is named."""
 
 import json
+import os
 import re
+import stat
 import struct
 from pathlib import Path
 
@@ -430,6 +432,10 @@ DAMAGE = {
     "cut in the header": (keep(slice(99)), DAMAGED),
     "empty file": (put("model.safetensors", b""), DAMAGED),
     "a folder": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir()), DAMAGED),
+    "a file that cannot be opened": (
+        lambda d: ((d / "model.safetensors").unlink(), os.mknod(d / "model.safetensors", stat.S_IFSOCK | 0o600)),
+        r"model\.safetensors could not be read \(No such device or address\), though it may be whole",
+    ),
     "an endless number": (put("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), r"config\.json is not valid JSON"),
     "garbage": (put("model.safetensors", b"\xff" * 999), DAMAGED),
     "missing tensor": (edit(lambda h: h.update(x=h.pop(NORM))), r"the tensor model\.norm\.weight is missing"),

@@ -165,10 +165,13 @@ def without_tokenizer(tmp_path):
         (["generate", "--top-k", "5", "Hi"], 2, "--top-k needs --temperature above 0"),
         (["generate", "--min-p", "0.1", "Hi"], 2, "--min-p needs --temperature above 0"),
         (["generate", "--temperature", "-1", "Hi"], 1, "llama: temperature must be"),
+        (["generate", "--temperature", "1e-37", "Hi"], 1, "llama: temperature must be 0 (greedy) or from 1e-6 to 1e6"),
+        (["generate", "--temperature", "1", "--seed", "9" * 23, "Hi"], 1, "llama: seed must be None or a whole number"),
         (["generate", "--max-new-tokens", "0", "Hi"], 2, "--max-new-tokens"),
         (["generate", "--raw", "a " * 9000], 1, "more than the 8192 this model was made for"),
         (["info", "smolm2"], 1, "llama: smolm2 does not exist; did you mean smollm2?"),
         (["info", "https://hub.co/org/name"], 1, "llama: https://hub.co/org/name is an address; give org/name"),
+        (["info", "~nobody-of-that-name/model"], 1, "llama: ~nobody-of-that-name/model begins with a home folder"),
         (["fetch", "gpt5"], 1, "llama: gpt5 does not exist; give a folder"),
         (["fetch", "org/gpt5"], 1, "llama: org/gpt5 is no path here, nor is all of it in the cache"),
         (["sing"], 2, "No such command 'sing'"),
@@ -180,6 +183,14 @@ def test_wrong_input_gets_a_sentence(without_tokenizer, arguments, code, message
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_what_pytorch_says_of_a_full_gpu_becomes_a_sentence(talker):
+    full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to.\\nSee the documents\\nat length')"
+    run = f"import llama.session as s\ndef stop(where): {full}\ns.open_checkpoint = stop\n"
+    run += "from llama.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", run, "generate", "Hi"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "llama: CUDA out of memory. Tried to.\n")
 
 
 def test_text_that_is_not_unicode_gets_a_sentence(talker):

@@ -25,7 +25,7 @@ from llama import LlamaForCausalLM, LlamaTokenizer, reference
 from llama.checkpoints import Stored, open_checkpoint
 from llama.checkpoints import convert as convert_module
 from llama.checkpoints.convert import convert
-from llama.checkpoints.huggingface import HuggingFaceFolder
+from llama.checkpoints.huggingface import WEIGHTS, HuggingFaceFolder
 from llama.checkpoints.meta_shards import intermediate_size, params_json
 
 PARAMS = random_params()
@@ -518,6 +518,43 @@ def test_what_was_trained_since_is_kept_unless_force(tmp_path, limits):
     assert torch.equal(tensors_of(out)["model.norm.weight"], model.model.norm.weight)
     convert(source, out, max_shard_size=limits[0], force=True)
     assert_equal(tensors_of(out), cast(PARAMS, torch.float32))
+
+
+class Interrupted(HuggingFaceFolder):
+    def read(self, name):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("to", ["huggingface", "meta"])
+def test_a_finished_conversion_is_left_as_it_is_unless_force(tmp_path, to):
+    source = write_folder(tmp_path / "model", PARAMS)
+    (source / "tokenizer.model").write_bytes(sentencepiece_models.llama_like())
+    options = {"to": to} if to == "meta" else {"max_shard_size": "80KB"}
+    out = convert(source, tmp_path / "out", **options)
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    config, index = ("params.json", "tokenizer.model") if to == "meta" else ("config.json", f"{WEIGHTS}.index.json")
+    edited = json.dumps(json.loads(made[config]) | {"edited": True}).encode()
+    (out / config).write_bytes(edited)
+    before = {path.name: path.stat() for path in out.iterdir()}
+    convert(source, out, verify=True, **options)
+    assert {path.name: path.stat() for path in out.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        convert(Interrupted(source), out, verify=True, **options)
+    assert {path.name: path.stat() for path in out.iterdir()} == before
+    (out / index).unlink()
+    convert(source, out, **options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made | {config: edited}
+    convert(source, out, force=True, **options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+
+
+def test_a_chat_template_that_changed_makes_another_source(tmp_path):
+    source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
+    (source / "chat_template.jinja").write_text("{{ 1 }}")
+    convert(source, out)
+    (source / "chat_template.jinja").write_text("{{ 22 }}")
+    with pytest.raises(ValueError, match="a conversion of another source, or of this one before it changed"):
+        convert(source, out)
 
 
 @pytest.mark.parametrize("contents", ["{", "[]", '{"sha256": null}', '{"sha256": {"model.safetensors": 1}}'])

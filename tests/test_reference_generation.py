@@ -1,5 +1,6 @@
 """Writing: greedy equals transformers, sampling equals its filters, batches equal their rows."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -156,18 +157,53 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
         (lambda m: Sampler(temperature=np.inf), "temperature must be 0"),
         (lambda m: Sampler(top_p=1.5), "top_p must be above 0"),
         (lambda m: Sampler(min_p=-0.1), "min_p must be from 0 to 1"),
-        (lambda m: Sampler(repetition_penalty=np.inf), "repetition_penalty must be above 0"),
+        (lambda m: Sampler(repetition_penalty=np.inf), "repetition_penalty must be from 1e-6 to 1e6, got inf"),
         (lambda m: Sampler(temperature=float("nan")), "temperature"),
         (lambda m: Sampler(top_k=0), "top_k must be None"),
         (lambda m: Sampler(top_p=0), "top_p must be above 0"),
         (lambda m: Sampler(min_p=2), "min_p must be from 0 to 1"),
-        (lambda m: Sampler(repetition_penalty=0), "repetition_penalty must be above 0"),
+        (lambda m: Sampler(repetition_penalty=0), "repetition_penalty must be from 1e-6 to 1e6, got 0"),
+        (lambda m: Sampler(repetition_penalty=1e-300), "repetition_penalty must be from 1e-6 to 1e6, got 1e-300"),
         (lambda m: Sampler(seed=-1), "seed must be"),
+        (lambda m: Sampler(seed=2**64), r"seed must be None or a whole number from 0 to 2\*\*64 - 1, got 18446744"),
+        (lambda m: Sampler(temperature=1e-37), r"temperature must be 0 \(greedy\) or from 1e-6 to 1e6, got 1e-37"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: Sampler(seed=1.5), "seed must be None or a whole number .* got 1.5"),
+        (lambda m: Sampler(top_k=2.5), "top_k must be None .* or a whole number of at least 1, got 2.5"),
+        (lambda m: Sampler(temperature="0.7"), "temperature must be 0 .* got '0.7'"),
+        (lambda m: Sampler(temperature=None), "temperature must be 0 .* got None"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2.5), "max_new_tokens must be at least 1.* got 2.5"),
+        (lambda m: generate(*m, np.ones((1, 3), int), "2"), "max_new_tokens must be at least 1.* got '2'"),
+    ],
+)
+def test_arguments_of_another_type_are_named(model, call, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what checks the annotations in these tests only
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    sampler = Sampler(np.float32(0.5), np.int64(2), seed=np.int64(3))
+    assert generate(*model, np.ones((1, 3), int), np.int64(2), sampler=sampler).shape == (1, 5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_widest_values_that_are_taken_stay_within_float32():
+    """Logits of a thousand, which are more than models give."""
+    scores, seen = np.float32([[1000, -1000, 999]]), np.array([[0, 1]])
+    for temperature in (1e-6, 1e6):
+        for penalty in (1e-6, 1e6):
+            sampler = Sampler(temperature, top_k=2, repetition_penalty=penalty, seed=2**64 - 1)
+            left = sampler.filter(scores, seen)
+            assert left.dtype == np.float32
+            assert np.isfinite(left).sum() == 2
+            assert sampler.pick(scores, np.random.default_rng(sampler.seed), seen)[0] in np.flatnonzero(left > -np.inf)
 
 
 @st.composite

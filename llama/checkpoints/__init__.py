@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ..progress import progress
 from .fetch import ALIASES, fetch
 from .gguf import GGUFFile
-from .huggingface import WEIGHT_FILE, HuggingFaceFolder, is_hugging_face
+from .huggingface import WEIGHT_FILES, HuggingFaceFolder, is_hugging_face
 from .meta import MetaFolder, is_meta
 from .stored import Stored
 from .where import PLACES, find
@@ -66,7 +66,7 @@ def open_checkpoint(where: str | os.PathLike[str] | Checkpoint, **hub_options: A
     if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUFFile(path)
     if path.suffix == ".safetensors":
-        return HuggingFaceFolder(path.parent, None if WEIGHT_FILE.fullmatch(path.name) else path.name)
+        return HuggingFaceFolder(path.parent, None if WEIGHT_FILES.fullmatch(path.name) else path.name)
     if path.suffix in (".pth", ".bin", ".json"):
         raise ValueError(f"{path} is a part of a model; give its folder, {path.absolute().parent}")
     raise ValueError(f"{path} is not a model; give {PLACES}")

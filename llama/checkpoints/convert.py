@@ -1,15 +1,14 @@
 """From any checkpoint to a folder in Hugging Face's or Meta's layout, tensor by tensor: `convert(where, out)`.
 
-What is finished stays: an interrupted conversion goes on at its first unfinished file. `conversion.json` in the folder
-remembers from what and how it is made, and the SHA-256 of each file of weights. The file that makes a folder a model,
-config.json or params.json, comes last.
+What is finished stays: an interrupted conversion goes on at its first unfinished file, and a finished one is left as it
+is, with what was edited in it since. `conversion.json` in the folder remembers from what and how it is made, and the
+SHA-256 of each file of weights. The file that makes a folder a model, config.json or params.json, comes last.
 """
 
 import copy
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
 import zipfile
@@ -27,9 +26,10 @@ from ..progress import byte_bar
 from ..reference.config import Config
 from ..reference.model import check_params
 from . import FLOATS, Checkpoint, open_checkpoint
+from .fetch import expanded
 from .gguf import GGUFFile
-from .huggingface import WEIGHTS, HuggingFaceFolder, read_json
-from .meta import MetaFolder, called_instruct
+from .huggingface import WEIGHT_FILES, WEIGHTS, HuggingFaceFolder, read_json
+from .meta import SHARD, MetaFolder, called_instruct
 from .meta_shards import MetaShard, params_json
 from .pickles import TorchZip, is_zip
 from .torch_zip import torch_zip
@@ -52,10 +52,7 @@ from .write import (
 MANIFEST, LOCK = "conversion.json", ".conversion.lock"
 LAST = {"huggingface": "config.json", "meta": "params.json"}  # what makes a folder a model, and is written last
 TOKENIZER = FILES["tokenizer"]
-OF_WEIGHTS = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|consolidated\.\d+\.pth"
-)
-SOURCES = (".safetensors", ".bin", ".pth", ".gguf", ".json", ".model")
+SOURCES = (".safetensors", ".bin", ".pth", ".gguf", ".json", ".model", ".jinja")
 
 
 def convert(
@@ -73,7 +70,8 @@ def convert(
     """Write the model at `where` into the folder `out`, and give its path.
 
     In memory is never more than a tensor and what it is made of. Run again after an interruption with the same
-    arguments, it goes on where it stopped; what is finished is only checked against its SHA-256.
+    arguments, it goes on where it stopped: weights that are there are only checked against their SHA-256, and of the
+    small files (configuration, index, tokenizer) those that are missing are written.
 
     Args:
         where: as everywhere (`open_checkpoint`).
@@ -92,7 +90,7 @@ def convert(
         raise ValueError(f"to must be one of {', '.join(LAST)}, got {to!r}")
     source = _afresh(open_checkpoint(where))
     changed = Changed(source, dtype, num_key_value_heads, tie=to == "meta")
-    out = Path(out).expanduser()
+    out = expanded(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder to write into")
     if source.path.resolve().is_relative_to(out.resolve()):
@@ -124,16 +122,18 @@ def convert(
             _check_zips(source)
         for path in stale:
             path.unlink()
+        was_whole = (out / LAST[to]).exists()
         _write_weights(out, made, finished, planned)
-        for name, contents in side.items():
-            (out / name).parent.mkdir(exist_ok=True)
-            _put(out / name, contents)
-        _put(out / LAST[to], _json(last))
+        for name, contents in (side | {LAST[to]: _json(last)}).items():
+            if force or not (out / name).exists():
+                (out / name).parent.mkdir(exist_ok=True)
+                _put(out / name, contents)
         if verify:
             try:
                 _verify(source, changed, out, to)
             except BaseException as error:
-                (out / LAST[to]).unlink(missing_ok=True)
+                if not was_whole:
+                    (out / LAST[to]).unlink(missing_ok=True)
                 if isinstance(error, ValueError):
                     _put(out / MANIFEST, _json({**made, "sha256": {}}))  # so that nothing of it is kept
                 raise
@@ -240,7 +240,7 @@ def _look(
     files = {path.relative_to(out).as_posix(): path for pattern in ("*", "*/*") for path in out.glob(pattern)}
     files = {name: path for name, path in files.items() if path.is_symlink() or not path.is_dir()}
     held = {name: path for name, path in files.items() if name != LOCK and not name.endswith(PARTIAL)}
-    weights = [name for name in held if OF_WEIGHTS.fullmatch(name)]
+    weights = [name for name in held if _is_of_weights(name)]
     complete = [name for name in held if name in LAST.values()]
     manifest = _manifest(out)
     finished: dict[str, str] = {}
@@ -278,10 +278,14 @@ def _look(
     return finished, [files[name] for name in stale]
 
 
+def _is_of_weights(name: str) -> bool:
+    return bool(WEIGHT_FILES.fullmatch(name) or SHARD.fullmatch(name))
+
+
 def _is_of_a_model(name: str) -> bool:
     """Whether a file in a model's folder is the model's, by its name: --force takes away those and nothing else."""
     others = (MANIFEST, *LAST.values(), *TOKENIZER, "generation_config.json", "checklist.chk")
-    return bool(OF_WEIGHTS.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in others)
+    return _is_of_weights(name) or any(fnmatch(name, pattern) for pattern in others)
 
 
 def _manifest(out: Path) -> dict[str, Any]:
@@ -324,6 +328,8 @@ def _difference(manifest: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 def _write_weights(out: Path, made: Mapping[str, Any], finished: Mapping[str, str], planned: list[OutFile]) -> None:
     sums = dict(finished)
     missing = [file for file in planned if file.name not in finished]
+    if not missing:
+        return
     with byte_bar(sum(file.nbytes for file in missing), "converting") as bar:
         _put(out / MANIFEST, _json({**made, "sha256": sums}))
         for file in missing:

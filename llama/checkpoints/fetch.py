@@ -26,8 +26,22 @@ NEEDED = 750_000_000  # bytes of disk while it is made: the download, the GGUF i
 def cache_folder() -> Path:
     """Where fetched models live: $LLAMA_TRITON_CACHE, or llama-triton in the user's cache folder."""
     if own := os.environ.get("LLAMA_TRITON_CACHE"):
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "llama-triton"
+        return expanded(own).absolute()
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache").absolute() / "llama-triton"
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder in place of "~" or "~name".
+
+    Raises:
+        FileNotFoundError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{path} begins with a home folder that this system does not know; set HOME, or give a path without ~"
+        ) from error
 
 
 def fetch(alias: str) -> Path:

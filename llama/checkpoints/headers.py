@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .fetch import ALIASES
+from .fetch import ALIASES, expanded
 from .huggingface import DTYPES, WEIGHTS, HuggingFaceFolder
 from .stored import Stored
 from .where import HUB_ID, Repository
@@ -58,12 +58,12 @@ def headers_on_hub(where: str) -> HeadersOnHub | None:
     files are of another kind, which have to be downloaded.
     """
     named = HUB_ID.fullmatch(where)
-    if named is None or named[2] or where in ALIASES or Path(where).expanduser().exists():
+    if named is None or named[2] or where in ALIASES or expanded(where).exists():
         return None
     from huggingface_hub import HfApi
 
     repository = Repository(named[1], None, None, None)
-    if repository.offline or repository.cached(["", "original/"], "parameters"):
+    if repository.offline or repository.cached(["", "original/"], "parameters", sure=False):
         return None
     with repository.asking():
         info = HfApi().model_info(repository.name)

@@ -12,13 +12,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from ..tokenization.fast import read_tokenizer_json
+from ..tokenization.fast import read_tokenizer_json, with_known_names
+from ..tokenization.loading import folder_settings
 from .pickles import TorchZip, is_zip
 from .stored import MappedFile, Stored, unreadable
 
 WEIGHTS = "model.safetensors"
 BIN = "pytorch_model.bin"
-WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+PART = r"(-\d{5}-of-\d{5})?"
+WEIGHT_FILES = re.compile(rf"(model{PART}\.safetensors|pytorch_model{PART}\.bin)(\.index\.json)?")
 # The types of safetensors that NumPy can hold.
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
           "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32,
@@ -98,13 +100,8 @@ class HuggingFaceFolder:
             from ..tokenization import LlamaTokenizerFast
 
             return LlamaTokenizerFast.from_pretrained(self.path).contents()
-        settings = self.path / "tokenizer_config.json"
-        tokenizer = read_tokenizer_json(path)
-        config = read_json(settings) if settings.exists() else {}
-        template = self.path / "chat_template.jinja"  # where transformers 5 puts it
-        if template.exists():
-            config = config | {"chat_template": template.read_text(encoding="utf-8")}
-        return tokenizer, config
+        library = read_tokenizer_json(path)
+        return library, with_known_names(library, folder_settings(self.path))
 
 
 def check_whole(folder: Path) -> None:
@@ -154,6 +151,8 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            if path.exists():  # of a file that it may not open, the library says that there is none
+                open(path, "rb").close()
             with safe_open(path, framework="numpy"):
                 self._data = MappedFile(path)
         except FileNotFoundError as error:

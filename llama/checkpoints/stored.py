@@ -77,10 +77,11 @@ def release(array: np.ndarray) -> None:
 def unreadable(path: Path, otherwise: str, error: Exception) -> OSError | ValueError:
     """What to raise where opening a file failed: that the machine cannot, or that the file is damaged or `otherwise`.
 
-    A seek that makes no sense (EINVAL) is the file's fault, other errors of the system are not.
+    A seek that makes no sense (EINVAL) or a folder (EISDIR) is the file's fault, other errors of the system are not.
     """
-    reason = str(error) or type(error).__name__
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    of_the_file = (None, errno.EINVAL, errno.EISDIR)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in of_the_file):
         return OSError(f"{path} could not be read ({reason}), though it may be whole; mend that and try again")
     return ValueError(f"{path} is damaged or {otherwise} ({reason}); fetch it anew")
 

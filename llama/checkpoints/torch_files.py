@@ -1,8 +1,8 @@
 """The part of checkpoints that needs PyTorch: .bin files in, and a model's weights out."""
 
 import os
-import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from .huggingface import write_json
+from .huggingface import BIN, WEIGHT_FILES, WEIGHTS, write_json
 from .stored import Stored
 from .write import index, shard_names, size_in_bytes, split
-
-SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
-PART = r"(-\d{5}-of-\d{5})?"
-WEIGHT_FILES = re.compile(rf"(model{PART}\.safetensors|pytorch_model{PART}\.bin)(\.index\.json)?")
 
 
 class TorchFile:
@@ -68,12 +64,14 @@ def save_weights(
     tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_size: int | str = "5GB", safe: bool = True
 ) -> None:
     """Write `tensors` into `folder`: one file, or shards of at most `max_shard_size` bytes with an index."""
-    name = SAFETENSORS if safe else BIN
+    name = WEIGHTS if safe else BIN
     shards = split(tensors, size_in_bytes(max_shard_size))
     files = shard_names(name, len(shards))
     own = _storages(tensors)
     for file, shard in zip(files, shards, strict=True):
         contents = {name: own[name].detach().contiguous() for name in shard}
+        (folder / file).touch()
+        mode = stat.S_IMODE((folder / file).stat().st_mode)  # a new file's; the library lets only the owner read
         try:
             if safe:
                 save_file(contents, folder / file, metadata={"format": "pt"})
@@ -85,7 +83,7 @@ def save_weights(
             raise
         except Exception as error:
             raise OSError(f"{folder.parent} could not be written: {error}") from error
-        os.chmod(folder / file, 0o666 & ~_umask())  # the library lets only the owner read
+        os.chmod(folder / file, mode)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         parameters = sum(tensor.numel() for tensor in tensors.values())
@@ -141,9 +139,3 @@ def replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from .pickles import contiguous
 from .stored import Stored
 from .write import Sink, pieces
 
@@ -53,7 +54,6 @@ def pickled(tensors: Mapping[str, Stored]) -> bytes:
     for number, (name, stored) in enumerate(tensors.items()):
         if stored.dtype.name not in STORAGES:
             raise ValueError(f"{name} is {stored.dtype}, which is not written here; writable are {', '.join(STORAGES)}")
-        strides = tuple(math.prod(stored.shape[axis + 1 :]) for axis in range(len(stored.shape)))
         out += [
             _plain(name),
             pickle.GLOBAL, b"torch._utils\n_rebuild_tensor_v2\n", pickle.MARK,
@@ -61,7 +61,7 @@ def pickled(tensors: Mapping[str, Stored]) -> bytes:
             pickle.MARK, _plain("storage"), pickle.GLOBAL, f"torch\n{STORAGES[stored.dtype.name]}\n".encode(),
             _plain(str(number)), _plain("cpu"), _plain(math.prod(stored.shape)), pickle.TUPLE, pickle.BINPERSID,
             # where in it, shape, strides, requires_grad, hooks
-            _plain(0), _plain(stored.shape), _plain(strides), pickle.NEWFALSE,
+            _plain(0), _plain(stored.shape), _plain(contiguous(stored.shape)), pickle.NEWFALSE,
             pickle.GLOBAL, b"collections\nOrderedDict\n", pickle.EMPTY_TUPLE, pickle.REDUCE,
             pickle.TUPLE, pickle.REDUCE,
         ]  # fmt: skip

@@ -1,7 +1,6 @@
 """What `where` means: a path, an alias, or a model on the Hugging Face Hub, which is downloaded once."""
 
 import difflib
-import errno
 import glob
 import os
 import re
@@ -9,14 +8,16 @@ import shutil
 import sys
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..progress import on_terminal
-from .fetch import ALIASES, fetch
+from .fetch import ALIASES, expanded, fetch
 from .huggingface import BIN, WEIGHTS, read_json
 from .meta import SHARD
+from .write import NO_ROOM
 
 # The small files of a repository, by what they are for. Of each kind one of the first two must be there.
 FILES = {
@@ -26,8 +27,6 @@ FILES = {
 }  # fmt: skip
 KINDS = {"model": ("config", "tokenizer", "weights"), "parameters": ("config", "weights")}
 STORED_IN = (WEIGHTS, f"{WEIGHTS}.index.json", BIN, f"{BIN}.index.json")  # the first that is there is taken
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 NAME = r"\w(?:(?!--|\.\.)[\w.-])*(?<![.-])"
 HUB_ID = re.compile(rf"({NAME}/{NAME})(?:/(.+\.gguf))?", re.ASCII)
@@ -57,7 +56,9 @@ def find(
 
     A path goes before an alias and an alias before the Hub. What is wholly in huggingface_hub's cache is used without
     asking the network whether there is something newer; the rest is downloaded, and a download that broke off goes on
-    with the files that it lacks. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere.
+    with the files that it lacks. Where single files were put into the cache, the Hub is asked once what else belongs to
+    them; if it cannot be reached, they are used as they are. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as
+    everywhere.
 
     Args:
         wanted: what is downloaded of a model on the Hub: "model" is all that one needs to run; "parameters" is that
@@ -76,7 +77,7 @@ def find(
     """
     if not isinstance(where, str | os.PathLike):
         raise ValueError(f"where must be a path or a name, got {where!r}; give {PLACES}")
-    path = Path(where, subfolder or "", gguf_file or "").expanduser()
+    path = expanded(Path(where, subfolder or "", gguf_file or ""))
     if path.exists() or str(where) in ALIASES:
         if revision not in (None, "main"):
             raise ValueError(f"{where} is not on the Hub and has no revision {revision!r}; leave revision out")
@@ -84,7 +85,7 @@ def find(
             warnings.warn(f"{where} is one version for good; there is nothing newer to download", stacklevel=2)
         return path if path.exists() else fetch(str(where))
     named = HUB_ID.fullmatch(str(where))
-    if not named or Path(where).expanduser().exists():  # the subfolder is what is missing
+    if not named or expanded(where).exists():  # the subfolder is what is missing
         shown = os.path.join(where, *filter(None, (subfolder, gguf_file)))
         if near := difflib.get_close_matches(str(where), ALIASES):
             raise FileNotFoundError(f"{shown} does not exist; did you mean {near[0]}?")
@@ -101,14 +102,19 @@ def find(
     anew = force_download or update
     if anew and offline:
         raise ValueError(f"{where} cannot be downloaded anew while {offline} is set; leave one of the two out")
-    found = None if anew else repository.cached(folders, wanted)
+    found = None if anew else repository.cached(folders, wanted, sure=not offline)
     if found is None and offline:
         raise FileNotFoundError(
             f"{where} is no path here, nor is all of it in the cache {repository.cache}, and {offline} is set: "
             "allow the network, or give the path of a model"
         )
     if found is None:
-        found = repository.download(folders, wanted, force_download)
+        try:
+            found = repository.download(folders, wanted, force_download)
+        except OSError:
+            found = None if anew else repository.cached(folders, wanted, sure=False)
+            if found is None:
+                raise
     return found / inside.name if inside.suffix.lower() == ".gguf" else found
 
 
@@ -126,11 +132,15 @@ class Repository:
         from huggingface_hub import constants  # late: it is needed by few, and reads its environment as it is imported
 
         self.name, self.revision, self.token = name, revision, token
-        self.cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+        self.cache = expanded(cache_dir or constants.HF_HUB_CACHE)
         self.endpoint, self.offline = constants.ENDPOINT, constants.HF_HUB_OFFLINE
 
-    def cached(self, folders: list[str], wanted: str) -> Path | None:
-        """The folder in the cache if all that is wanted is there. The network is not asked."""
+    def cached(self, folders: list[str], wanted: str, sure: bool) -> Path | None:
+        """The folder in the cache if all that is wanted is there. The network is not asked.
+
+        Args:
+            sure: not without knowing that the small files it lacks are not in the repository either.
+        """
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
@@ -140,13 +150,25 @@ class Repository:
                 needed = _really(wanted, names)
                 if _lacks(needed, names, snapshot / folder) is None:
                     # Where the library has kept the repository's listing, it knows what else belongs there.
-                    small = _small_files(needed)
+                    small = [folder + name for name in _small_files(needed)]
                     shards = [] if names.intersection(STORED_IN) else ["consolidated.*.pth"] * (needed in KINDS)
-                    self.snapshot([folder + name for name in small + shards], local_files_only=True)
-                    return snapshot / folder
+                    self.snapshot(small + [folder + name for name in shards], local_files_only=True)
+                    return snapshot / folder if not sure or self._knows(small, snapshot.name) else None
         except LocalEntryNotFoundError:
             pass
         return None
+
+    def _knows(self, files: list[str], commit: str) -> bool:
+        """Whether the cache can tell of each file that it lacks that the repository has none: by a listing of the
+        repository, which newer versions of the library keep, or by its notes of what it did not find there."""
+        import huggingface_hub
+
+        if listed := getattr(huggingface_hub, "get_cached_repo_tree", None):
+            with suppress(huggingface_hub.errors.CachedRepoTreeNotFoundError):
+                listed(self.name, revision=commit, cache_dir=self.cache)
+                return True
+        held = partial(huggingface_hub.try_to_load_from_cache, self.name, cache_dir=self.cache, revision=commit)
+        return all(held(file) for file in files if "*" not in file)
 
     def download(self, folders: list[str], wanted: str, force: bool) -> Path:
         """The folder in the cache, after downloading what it lacks: first the small files, then the weights."""
@@ -171,6 +193,11 @@ class Repository:
         self._check_space(sizes.get(folder + wanted, 0))  # a single file may be large
         with self.asking():
             snapshot = self.snapshot(small, **options)
+        for absent in (name for name in small if name not in sizes and "*" not in name):
+            note = snapshot.parents[1] / ".no_exist" / snapshot.name / absent  # as the library itself notes it
+            with suppress(OSError):
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.touch()
         if wanted in KINDS:
             files = [folder + name for name in _weight_files(names, snapshot / folder)]
             self._check_space(sum(sizes.get(f, 0) for f in files if force or not (snapshot / f).exists()))
@@ -232,7 +259,7 @@ class Repository:
         except Exception as error:
             reasons = [error, error.__cause__]  # the library often puts an error of its own before the first
             for reason in reasons:
-                if isinstance(reason, OSError) and (reason.filename or reason.errno in FULL):
+                if isinstance(reason, OSError) and (reason.filename or reason.errno in NO_ROOM):
                     raise OSError(
                         f"{self.cache} cannot be written to ({reason.strerror}); make room, or let HF_HOME or "
                         "cache_dir name another place"
