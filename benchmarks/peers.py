@@ -78,6 +78,9 @@ def inputs(case: Case, device: torch.device) -> Inputs:
         return {"q": heads(H), "k": heads(K), "v": heads(K)}
     if case.op == "decode_attention":
         given: Inputs = {"q": heads(H), "lengths": torch.full((B,), S, device=device)}
+        if size.get("masked"):  # a batch padded on the left, each row a little more than the one before
+            padding = torch.arange(1, B + 1, device=device) * S // (4 * B)
+            given["mask"] = torch.arange(S, device=device) >= padding[:, None]
         if not size.get("page"):
             return given | {"k_cache": normal(B, K, S, D), "v_cache": normal(B, K, S, D)}
         pages = torch.randperm(B * S // PAGE, device=device, generator=generator).to(torch.int32).view(B, S // PAGE)
@@ -128,9 +131,10 @@ def _gated(swiglu: Callable[..., torch.Tensor], x, gate, up) -> torch.Tensor:
     return swiglu(F.linear(x, gate), F.linear(x, up))
 
 
-def _decode(attend: Callable[..., Any], q, k_cache, v_cache, lengths, block_table=None) -> torch.Tensor:
+def _decode(attend: Callable[..., Any], q, k_cache, v_cache, lengths, block_table=None, mask=None) -> torch.Tensor:
     """All rows are full, so `lengths` changes nothing."""
-    return attend(q, gathered(k_cache, block_table), gathered(v_cache, block_table))
+    masks = [] if mask is None else [mask[:, None, None]]
+    return attend(q, gathered(k_cache, block_table), gathered(v_cache, block_table), *masks)
 
 
 def gathered(cache: torch.Tensor, block_table: torch.Tensor | None) -> torch.Tensor:
@@ -171,8 +175,8 @@ def providers(case: Case, given: Inputs, backend: str, peers: Iterable[str]) -> 
     calls = {backend: ours(case, given, backend)}
     for name in peers:
         function = known[name].get(case.op)
-        if function is None or (name == "flash-attn" and case.shape.get("page")):  # whose pages are of 256 at least
-            continue
+        if function is None or (name == "flash-attn" and {"page", "masked"} & {*case.shape}):
+            continue  # its pages are of 256 at least, and it has no masks
         if name == "compile":
             function = torch.compile(function, fullgraph=True, dynamic=False)
         own: Inputs = {}
@@ -201,13 +205,17 @@ def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def _eager_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _eager_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     times, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     if T > 1:
         unseen = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
         scores = scores.masked_fill(unseen, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     return F.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
 
 
@@ -244,10 +252,10 @@ _FUSED: dict[str, Callable[..., Any]] = {
 
 
 def _sdpa(name: str) -> dict[str, Callable[..., Any]]:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         with sdpa_kernel([SDPA[name]]):
             return F.scaled_dot_product_attention(
-                q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, mask, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
             )
 
     return {"flash_attention": attend, "decode_attention": partial(_decode, attend)}
@@ -352,7 +360,8 @@ def _truth(case: Case, given: Inputs, rows: list[int], tokens: slice) -> list[An
     if table is None:
         caches = [cache[rows] for cache in caches]
     k, v = (cache.double().cpu().numpy() for cache in caches)
-    return [reference.decode_attention(part("q"), k, v, None)]
+    mask = given["mask"][rows].cpu().numpy() if "mask" in given else None
+    return [reference.decode_attention(part("q"), k, v, None, mask)]
 
 
 def _loss(labels: torch.Tensor, logits: torch.Tensor | None = None, hidden: torch.Tensor | None = None,

@@ -69,9 +69,9 @@ COSTS: dict[str, Cost] = {
         lambda B, T, S, H, D, **_: 4 * B * H * D * _pairs(T, S),
         products=True,
     ),
-    "decode_attention": Cost(  # q, the cache, lengths of 8 bytes, the table's pages of 4; o
-        lambda B, S, H, K, D, e, page=0, **_: (
-            B * (2 * H + 2 * S * K) * D * e + 8 * B + (4 * B * S // page if page else 0)
+    "decode_attention": Cost(  # q, the cache, lengths of 8 bytes, the table's pages of 4, a mask of 1; o
+        lambda B, S, H, K, D, e, page=0, masked=0, **_: (
+            B * (2 * H + 2 * S * K) * D * e + 8 * B + (4 * B * S // page if page else 0) + masked * B * S
         ),
         lambda B, S, H, D, **_: 4 * B * H * D * S,
         products=True,
@@ -165,6 +165,7 @@ def _shapes(op: str, model: str, B: int, T: int) -> Iterator[dict[str, int]]:
     sizes = {letter: MODELS[model][letter] for letter in _LETTERS[op]}
     if op == "decode_attention":
         yield {"B": B, "T": 1, "S": T, **sizes}
+        yield {"B": B, "T": 1, "S": T, **sizes, "masked": 1}
         if T % PAGE == 0:
             yield {"B": B, "T": 1, "S": T, **sizes, "page": PAGE}
     elif op == "flash_attention":

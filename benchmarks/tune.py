@@ -56,13 +56,10 @@ def entries(kernel: str, family: str) -> Iterator[Entry]:
             tma, plain = tiles.PREFILL[family][D].tma, family in tiles.PREFILL_PLAIN
             yield _attention("PREFILL", tiles.PREFILL[family], D, [tile._replace(tma=tma) for tile in large], kernel,
                              lambda words, plain=plain: "bfloat16" in words and "short" not in words and not (
-                                 plain and ("expanded" in words or "D=100" in words)))  # fmt: skip
+                                 plain and _has_no_descriptors(words)))  # fmt: skip
             if plain:
-                yield _attention("PREFILL_PLAIN", tiles.PREFILL_PLAIN[family], D, large, kernel,
-                                 lambda words: "expanded" in words or "D=100" in words)  # fmt: skip
-            yield _attention(
-                "PREFILL_FLOAT32", tiles.PREFILL_FLOAT32, D, small, kernel, lambda words: "float32" in words
-            )
+                yield _attention("PREFILL_PLAIN", tiles.PREFILL_PLAIN[family], D, large, kernel, _has_no_descriptors)
+            yield _attention("PREFILL_FLOAT32", tiles.PREFILL_FLOAT32, D, small, kernel, _is_float32)
     elif kernel == "decode_attention":
         candidates = [Attention(*tile) for tile in product((16,), (128, 64, 32, 16), (4, 8, 2), (4, 3, 2, 1))]
         for D in tiles.HEAD_DIMS:
@@ -78,9 +75,18 @@ def entries(kernel: str, family: str) -> Iterator[Entry]:
         blocks = [Block(*tile) for tile in product((512, 1024, 2048, 4096), (2, 4, 8))]
         products = [Products(*tile) for tile in product((2, 4, 8, 16), (256, 512, 1024), (2, 4, 8), (1, 2, 3, 4))]
         candidates = {"rms_norm": rows, "rope": heads, "swiglu": blocks, "gemv": products}[kernel]
-        for shape in dict.fromkeys(case.shape for case in static.cases() if kernel in case.kernel):
+        mine = [case.shape for case in static.cases() if kernel in case.kernel and family in case.targets]
+        for shape in dict.fromkeys(mine):
             yield Entry(f"{kernel} at {shape}", tiles, kernel, candidates,
                         lambda case, shape=shape: kernel in case.kernel and case.shape == shape)  # fmt: skip
+
+
+def _has_no_descriptors(words: str) -> bool:
+    return "short" not in words and ("expanded" in words or "D=100" in words)
+
+
+def _is_float32(words: str) -> bool:
+    return "float32" in words and not words.startswith(("short", "both"))  # which have tiles of their own
 
 
 def _attention(name: str, table: dict, D: int, candidates: list, kernel: str, chosen: Callable[[str], bool]) -> Entry:
@@ -96,16 +102,19 @@ def compiled(entry: Entry, candidate: tuple[Any, ...], target: str) -> list[dict
     """What the candidate compiles to in every case that reads it; None where one of them has a problem."""
     records: list[dict[str, Any]] = []
     with entry.set_to(candidate):
-        for case in filter(entry.reads, static.cases()):
+        for case in (case for case in static.cases() if target in case.targets and entry.reads(case)):
             records += static.build(case, target)
             if any(map(static.problems, records)):
                 return None
     return records
 
 
-def milliseconds(entry: Entry, candidate: tuple[Any, ...]) -> float:
+def milliseconds(entry: Entry, candidate: tuple[Any, ...], target: str) -> float:
     with entry.set_to(candidate):
-        return sum(triton.testing.do_bench(case.launch) for case in static.cases("cuda") if entry.reads(case))
+        return sum(
+            triton.testing.do_bench(case.launch)
+            for case in static.cases("cuda") if target in case.targets and entry.reads(case)
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -128,7 +137,7 @@ def main() -> None:
             if (records := compiled(entry, candidate, target)) is None:
                 continue
             registers, shared = (max(record[key] for record in records) for key in ("registers", "shared_bytes"))
-            times[candidate] = milliseconds(entry, candidate) if timed else 0.0
+            times[candidate] = milliseconds(entry, candidate, target) if timed else 0.0
             took = f"{times[candidate]:9.4f} ms  " if timed else ""
             print(f"#   {took}{registers:3} registers {shared:6} bytes  {candidate}", flush=True)
         print(f"{entry.name}: {min(times, key=times.__getitem__) if timed and times else f'{len(times)} candidates'}")

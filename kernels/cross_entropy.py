@@ -48,7 +48,7 @@ def _run(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, ignor
     tile = tiles.CROSS_ENTROPY
     _cross_entropy_kernel[(labels.numel(),)](
         rows, labels, losses, rows.shape[1], *rows.stride(), rows.shape[2], ignore_index,
-        BLOCK=min(tile.block, triton.next_power_of_2(rows.shape[2])), num_warps=tile.warps, enable_fp_fusion=True,
+        BLOCK=min(tile.block, launch.power_of_2(rows.shape[2])), num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from . import launch, tiles
 from .flash_attention import LOG2_E, check_heads
 
 
+# `do_not_specialize` and LOG2_E: flash_attention.py says why.
 @triton.jit(do_not_specialize=["S", "piece", "pieces", "mb"])
 def _piece_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, table_ptr,
@@ -34,7 +35,8 @@ def _piece_kernel(
         length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)
     first = index * piece
     last = tl.minimum(first + piece, length)
-    row, dim, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    row, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    dim = tl.cast(tl.arange(0, BLOCK_D), tl.int64)  # a place in a head times a stride can pass 2³¹
     wide = (dim < D)[None, :]
     q_rows = q_ptr + b * qb + (head * GROUP + row)[:, None] * qh
     q = tl.load(q_rows + dim[None, :] * qd, mask=(row < GROUP)[:, None] & wide, other=0.0)
@@ -51,13 +53,13 @@ def _piece_kernel(
         if PAGE == 0:
             k_row, v_row = tl.cast(key, tl.int64) * ks, tl.cast(key, tl.int64) * vs
         else:
-            page = tl.load(table_ptr + b * tb + key // PAGE * tp, mask=here, other=0).to(tl.int64)
+            page = tl.load(table_ptr + b * tb + tl.cast(key // PAGE, tl.int64) * tp, mask=here, other=0).to(tl.int64)
             slot = tl.cast(key % PAGE, tl.int64)
             k_row, v_row = page * kb + slot * ks, page * vb + slot * vs
-        if MASK:
-            here = here & (tl.load(mask_ptr + b * mb + tl.cast(key, tl.int64) * ms, mask=here, other=0) != 0)
         k = tl.load(k_head + k_row[None, :] + dim[:, None] * kd, mask=here[None, :] & (dim < D)[:, None], other=0.0)
         v = tl.load(v_head + v_row[:, None] + dim[None, :] * vd, mask=here[:, None] & wide, other=0.0)
+        if MASK:  # of the scores alone: loads that wait for another load cannot be issued ahead of time
+            here = here & (tl.load(mask_ptr + b * mb + tl.cast(key, tl.int64) * ms, mask=here, other=0) != 0)
         scores = tl.where(here[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1) * scale)
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing seen yet: -∞ - (-∞) would be NaN
@@ -115,9 +117,9 @@ def _decode_attention(
     if not (B and H):
         return out
     tile = tiles.decode(launch.family(q.device), D, q.dtype)
-    block_d = max(16, triton.next_power_of_2(D))
-    piece = triton.cdiv(max(triton.cdiv(S, tiles.SPLITS), tile.block_k), tile.block_k) * tile.block_k
-    pieces = max(1, triton.cdiv(S, piece))
+    block_d = max(16, launch.power_of_2(D))
+    piece = launch.cdiv(max(launch.cdiv(S, tiles.SPLITS), tile.block_k), tile.block_k) * tile.block_k
+    pieces = max(1, launch.cdiv(S, piece))
     parts = torch.empty((B, H, pieces, D), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, H, pieces), dtype=torch.float32, device=q.device)
     nothing = (0, 0)
@@ -126,14 +128,14 @@ def _decode_attention(
         K, S, piece, pieces, D**-0.5 * LOG2_E.value,
         q.stride(0), q.stride(1), q.stride(3), *k_cache.stride(), *v_cache.stride(),
         *(nothing if mask is None else mask.stride()), *(nothing if block_table is None else block_table.stride()),
-        GROUP=H // K, ROWS=max(tile.block_q, triton.next_power_of_2(H // K)), LENGTHS=lengths is not None,
+        GROUP=H // K, ROWS=max(tile.block_q, launch.power_of_2(H // K)), LENGTHS=lengths is not None,
         MASK=mask is not None, PAGE=0 if block_table is None else page, PRECISION="ieee",
         ALIGN=launch.common_power(k_cache, v_cache), D=D, BLOCK_D=block_d, BLOCK_K=tile.block_k, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     _join_kernel[(B * H,)](
         parts, lse, out, H, out.stride(0), out.stride(1), out.stride(3), pieces,
-        D=D, BLOCK_D=block_d, BLOCK_P=triton.next_power_of_2(tiles.SPLITS), num_warps=8, enable_fp_fusion=True,
+        D=D, BLOCK_D=block_d, BLOCK_P=launch.power_of_2(tiles.SPLITS), num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -151,7 +153,8 @@ def decode_attention(
     Args:
         q: (B, H, 1, D). k_cache, v_cache: (B, K, S, D), any strides; D up to 256; one dtype for all.
         lengths: (B,) integers; None: all S.
-        mask: (B, S) bool or integers; a place of 0 is padding and not seen.
+        mask: (B, S) bool or integers; a place of 0 is padding and not seen. Without padding leave it out. What
+            `v_cache` holds in such a place, before the row's length, must be finite.
         block_table: (B, n) integers. The caches are then pages (pages, K, page size, D), and row b's places are those
             of the pages block_table[b, 0], block_table[b, 1] ..., S = n · page size. Entries beyond a row's length are
             not read.

@@ -22,6 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch, tiles
 
+# eˣ = 2^(x · log₂ e): GPUs compute powers of two, so scores are scaled by log₂ e together with 1 / √D, once, and `exp2`
+# takes the place of `exp`.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -83,7 +85,10 @@ def _scan(
     return acc, l, m
 
 
-@triton.jit(do_not_specialize=["S", "offset"])
+# Triton compiles a variant of a kernel for each combination of whole numbers that are 1, divisible by 16, or neither.
+# For strides that makes wider loads possible. For numbers that follow the text's length it would only mean compiling
+# again at some turn of a chat.
+@triton.jit(do_not_specialize=["H", "T", "S", "offset", "fb", "mb"])
 def _flash_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, first_keys_ptr, mask_ptr,
     H, T, S, offset, scale,
@@ -126,11 +131,11 @@ def _flash_attention_kernel(
     if HOLES:
         mask_ptr += b64 * mb
         seen = tl.zeros((1024,), tl.int32)
-        for start in tl.range(begin, length, 1024):
+        for start in tl.range(begin, end, 1024):
             key = start + tl.arange(0, 1024)
-            one = tl.load(mask_ptr + tl.cast(key, tl.int64) * ms, mask=key < length, other=0) != 0
+            one = tl.load(mask_ptr + tl.cast(key, tl.int64) * ms, mask=key < end, other=0) != 0
             seen += one.to(tl.int32)
-        if tl.sum(seen, 0) < length - begin:  # padding in between, which is rare: no block goes without a mask
+        if tl.sum(seen, 0) < end - begin:  # padding in between, which is rare: no block goes without a mask
             plain_to = plain_from
     plain_to = plain_from + tl.maximum(plain_to - plain_from, 0) // BLOCK_K * BLOCK_K
 
@@ -199,12 +204,14 @@ def _flash_attention(
         return out, lse
     # Offsets within a tile have 32 bits.
     q, k, v = (x if max(x.stride()[2:]) <= 2**23 else x.contiguous() for x in (q, k, v))
-    block_d = max(16, triton.next_power_of_2(D))
-    tile = tiles.prefill(launch.family(q.device), D, q.dtype, T, _has_descriptors(k) and _has_descriptors(v))
+    block_d = max(16, launch.power_of_2(D))
+    tma = _has_descriptors(k) and _has_descriptors(v)
+    both = first_keys is not None and not starts is lengths is mask is None
+    tile = tiles.prefill(launch.family(q.device), D, q.dtype, T, tma, both)
     keys, values = k, v
     if tile.tma:
         keys, values = (TensorDescriptor(x, [*x.shape], _strides(x), [1, 1, tile.block_k, block_d]) for x in (k, v))
-    _flash_attention_kernel[(B * H, triton.cdiv(T, tile.block_q))](
+    _flash_attention_kernel[(B * H, launch.cdiv(T, tile.block_q))](
         q, keys, values, out, lse, starts, lengths, first_keys, mask,
         H, T, k.shape[2], offset, D**-0.5 * LOG2_E.value,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),

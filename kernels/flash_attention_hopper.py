@@ -21,7 +21,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -29,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import tiles
 from .flash_attention import LOG2_E, _strides
+from .launch import cdiv
 
 # All that Gluon calls differently from version to version, and all that the kernel takes from it for Hopper alone.
 mbarrier = hopper.mbarrier
@@ -271,7 +271,7 @@ def _count(mask_ptr, begin, end, ms):
     return gl.sum(seen, 0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "heads", "H", "T", "S", "offset"])
+@gluon.jit(do_not_specialize=["tiles", "heads", "H", "T", "S", "offset", "fb", "mb"])
 def _flash_attention_hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, starts_ptr, lengths_ptr, first_keys_ptr, mask_ptr,
     tiles, heads, H, T, S, offset, scale, fb, ft, mb, ms,
@@ -331,7 +331,7 @@ def flash_attention_hopper(
     """Causal attention into `out` and, unless it is None, `lse`, both as `flash_attention._outputs` makes them."""
     B, H, T, D = q.shape
     tile = tiles.hopper(D, starts is lengths is first_keys is mask is None)
-    in_all = B * H * triton.cdiv(T, tile.block_q)
+    in_all = B * H * cdiv(T, tile.block_q)
     _flash_attention_hopper_kernel[(min(in_all, _processors(q.device)),)](
         _descriptor(q, tile.block_q // 2), _descriptor(k, tile.block_k), _descriptor(v, tile.block_k),
         out, lse, starts, lengths, first_keys, mask,

@@ -4,7 +4,11 @@ Bound by memory: every weight is read once, and meets all rows. A program takes 
 stay the parameters that they are, and the program's number says whose turn it is. Gated, it takes the same rows of two
 weights and writes silu(gate) · up, both rounded before, as between two kernels. Sums run in float32 and are rounded
 once. Truth: `llama.reference.gemv`, `llama.reference.gemv_swiglu`.
+
+`_takes_pdl` is the one place that decides on programmatic dependent launch, an experiment.
 """
+
+import os
 
 import torch
 import triton
@@ -90,12 +94,10 @@ def _run(x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, gated: b
     rows, width = x.shape
     if not y.numel():
         return y
-    family = launch.family(x.device)
-    tile = tiles.gemv(family, rows, x.dtype, gated)
+    tile = tiles.gemv(launch.family(x.device), rows, x.dtype, gated)
     widths = [len(weight) for weight in weights[: 1 if gated else MOST_WEIGHTS]]
     nothing = MOST_WEIGHTS - len(weights)
-    pdl = pdl and family in ("sm_90", "sm_100")
-    _gemv_kernel[(sum(triton.cdiv(n, tile.block_n) for n in widths),)](
+    _gemv_kernel[(sum(launch.cdiv(n, tile.block_n) for n in widths),)](
         x, *weights, *(weights[:1] * nothing), y, rows, width, *widths, *(0,) * (MOST_WEIGHTS - len(widths)),
         *x.stride(), *(stride for weight in weights for stride in weight.stride()), *(0,) * (2 * nothing),
         WEIGHTS=len(widths), GATED=gated, EVEN=width % tile.block_k == 0, ROWS=1 if rows == 1 else MOST_ROWS,
@@ -105,23 +107,32 @@ def _run(x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, gated: b
     return y
 
 
-def _fake(x, a, b=None, c=None, pdl=False) -> torch.Tensor:
+def _takes_pdl(device: torch.device) -> bool:
+    """Whether to launch while the kernel before still runs: somebody asks for it, and the GPU can do it.
+
+    LLAMA_TRITON_PDL=1 asks. The first weights are then loaded while that kernel ends, so no kernel still under way may
+    write weights. It is an experiment, off by default: it has never run on a GPU.
+    """
+    return os.environ.get("LLAMA_TRITON_PDL") == "1" and launch.family(device) in ("sm_90", "sm_100")
+
+
+def _fake(x, a, b=None, c=None) -> torch.Tensor:
     return x.new_empty(len(x), sum(len(weight) for weight in (a, b, c) if weight is not None))
 
 
-@launch.operator("gemv(Tensor x, Tensor a, Tensor? b=None, Tensor? c=None, bool pdl=False) -> Tensor", _fake)
-def _gemv(x, a, b=None, c=None, pdl=False) -> torch.Tensor:
+@launch.operator("gemv(Tensor x, Tensor a, Tensor? b=None, Tensor? c=None) -> Tensor", _fake)
+def _gemv(x, a, b=None, c=None) -> torch.Tensor:
     weights = [weight for weight in (a, b, c) if weight is not None]
-    return _run(x, weights, _fake(x, a, b, c), gated=False, pdl=pdl)
+    return _run(x, weights, _fake(x, a, b, c), gated=False, pdl=_takes_pdl(x.device))
 
 
-def _fake_swiglu(x, gate, up, pdl=False) -> torch.Tensor:
+def _fake_swiglu(x, gate, up) -> torch.Tensor:
     return x.new_empty(len(x), len(gate))
 
 
-@launch.operator("gemv_swiglu(Tensor x, Tensor gate, Tensor up, bool pdl=False) -> Tensor", _fake_swiglu)
-def _gemv_swiglu(x, gate, up, pdl=False) -> torch.Tensor:
-    return _run(x, [gate, up], _fake_swiglu(x, gate, up), gated=True, pdl=pdl)
+@launch.operator("gemv_swiglu(Tensor x, Tensor gate, Tensor up) -> Tensor", _fake_swiglu)
+def _gemv_swiglu(x, gate, up) -> torch.Tensor:
+    return _run(x, [gate, up], _fake_swiglu(x, gate, up), gated=True, pdl=_takes_pdl(x.device))
 
 
 def gemv(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,16 @@ def _rms_norm_kernel(
     weight_stride, width, eps,
     ADD: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # This program's rows, and their columns. A block's length must be a power of two, so it may be wider than a row.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits divide in far fewer instructions than 64
     col = tl.arange(0, BLOCK)
     along = tl.cast(col, tl.int64)[None, :]  # columns · stride passes 2³¹ in transposed rows
+    # EVEN: the block is exactly as wide as a row, so columns need no comparison, and none is compiled.
     mask = (row < rows)[:, None]
     if not EVEN:
         mask = mask & (col < width)[None, :]
+    # x is (outer, inner, width) with three strides of its own, as `launch.as_rows` has made it, so that heads or tokens
+    # that do not lie side by side need no copy. Row i lies at (i // inner) · outer_stride + (i % inner) · inner_stride.
     outer, place = tl.cast(row // x_inner, tl.int64), tl.cast(row % x_inner, tl.int64)  # rows · stride passes 2³¹
     start = outer * x_outer_stride + place * x_inner_stride
     x = tl.load(x_ptr + start[:, None] + along * x_stride, mask=mask, other=0.0)
@@ -52,8 +56,8 @@ def _run(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, e
     x3, r3 = launch.as_rows(x), launch.as_rows(x if residual is None else residual)
     rows, width = x3.shape[0] * x3.shape[1], x3.shape[2]
     tile = tiles.rms_norm(launch.family(x.device), width)
-    block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(triton.cdiv(rows, tile.rows),)](
+    block = launch.power_of_2(width)
+    _rms_norm_kernel[(launch.cdiv(rows, tile.rows),)](
         x3, r3, weight, outputs[0], outputs[-1],
         rows, x3.shape[1], *x3.stride(), r3.shape[1], *r3.stride(), weight.stride(0), width, eps,
         ADD=residual is not None, EVEN=block == width, ROWS=tile.rows, BLOCK=block,

@@ -79,7 +79,7 @@ def _run(q, k, v, cos, sin, places, q_out, k_out, v_out) -> None:
         T, H, K, k_out.shape[2],
         *q.stride(), *k.stride(), *v.stride(), *by_row[0], *by_row[1],
         *q_out.stride(), *k_out.stride(), *v_out.stride(), *(places.stride() if store else (0, 0)),
-        STORE=store, HALF=D // 2, BLOCK_H=tile.heads, BLOCK_D=triton.next_power_of_2(D // 2),
+        STORE=store, HALF=D // 2, BLOCK_H=tile.heads, BLOCK_D=launch.power_of_2(D // 2),
         num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -162,8 +162,7 @@ def apply_rope_to_cache(
     Raises:
         ValueError: as `apply_rope`.
     """
-    _check("apply_rope_to_cache", q, k, cos, sin)
-    launch.check("apply_rope_to_cache", q, v, k_cache, v_cache, positions)
+    _check("apply_rope_to_cache", q, k, cos, sin, v, k_cache, v_cache, positions)
     B, K, T, D = k.shape
     held = (B, K, k_cache.shape[-2], D)
     if v.shape != k.shape or k_cache.shape != held or v_cache.shape != held or k_cache.dtype != v_cache.dtype:
@@ -176,8 +175,10 @@ def apply_rope_to_cache(
     return _apply_rope_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions)
 
 
-def _check(name: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    launch.check(name, q, k, cos, sin)
+def _check(
+    name: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: torch.Tensor
+) -> None:
+    launch.check(name, q, k, cos, sin, *more)
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or q.shape[-1] % 2:
         raise ValueError(
             f"{name}: q (batch, heads, T, D) and k (batch, kv heads, T, D) must agree in all but their heads, D even; "

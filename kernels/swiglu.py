@@ -43,7 +43,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = launch.as_rows(gate), launch.as_rows(up)
     rows, width = gate.shape[0] * gate.shape[1], gate.shape[2]
     tile = tiles.swiglu(launch.family(y.device), width)
-    _swiglu_kernel[(rows, triton.cdiv(width, tile.block))](
+    _swiglu_kernel[(rows, launch.cdiv(width, tile.block))](
         gate, up, y, gate.shape[1], *gate.stride(), up.shape[1], *up.stride(), width,
         BLOCK=tile.block, num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
+
+from .launch import power_of_2
 
 FAMILIES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 HEAD_DIMS = (64, 128, 256)  # a head of D numbers takes the first class that holds it; above the last there is none
@@ -70,22 +71,22 @@ class Hopper(NamedTuple):
 @cache
 def rms_norm(family: str, width: int) -> Rows:
     """Thirty-two numbers a thread at most."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows = max(1, min(4, 2048 // block))
     return Rows(rows, _warps(family, rows * block, {8192: 8, 16384: 16}.get(block, 4)))
 
 
 @cache
 def swiglu(family: str, width: int) -> Block:
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(2048, power_of_2(width))
     return Block(block, _warps(family, block, 8))
 
 
 @cache
 def rope(family: str, heads: int, head_dim: int) -> Heads:
     """At most 2048 pairs at a time."""
-    half = triton.next_power_of_2(head_dim // 2)
-    at_once = min(triton.next_power_of_2(heads), max(1, 2048 // half))
+    half = power_of_2(head_dim // 2)
+    at_once = min(power_of_2(heads), max(1, 2048 // half))
     return Heads(at_once, _warps(family, at_once * half, 4))
 
 
@@ -121,7 +122,9 @@ PREFILL_PLAIN: dict[str, dict[int, Attention]] = {
     "sm_90": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 2), 256: Attention(64, 32, 8, 2)},
     "sm_100": {64: Attention(128, 64, 8, 3), 128: Attention(128, 64, 8, 3), 256: Attention(64, 32, 8, 2)},
 }
-PREFILL_FLOAT32 = {64: Attention(32, 32, 4, 1), 128: Attention(32, 32, 8, 1), 256: Attention(16, 16, 16, 1)}
+PREFILL_FLOAT32 = {64: Attention(32, 32, 8, 1), 128: Attention(32, 32, 8, 1), 256: Attention(16, 16, 16, 1)}
+SHORT_FLOAT32 = {64: Attention(16, 16, 4, 1), 128: Attention(16, 16, 8, 1), 256: Attention(16, 16, 16, 1)}
+PREFILL_FLOAT32_BOTH = PREFILL_FLOAT32 | {128: SHORT_FLOAT32[128]}
 # By head_dim, of the kernel for sm_90 that has to be asked for. Padding and packing take registers, and blocks of 128
 # keys would spill (Triton 3.9).
 PREFILL_HOPPER = {64: Hopper(128, 128, 4), 128: Hopper(128, 128, 2)}
@@ -146,15 +149,23 @@ def head_class(head_dim: int) -> int:
     raise ValueError(f"heads of up to {HEAD_DIMS[-1]} numbers, got {head_dim}")
 
 
-def prefill(family: str, head_dim: int, dtype: torch.dtype, tokens: int, tma: bool) -> Attention:
-    """The tile of flash_attention; `tma` says whether descriptors can address these keys."""
-    if family == "interpreter" or tokens <= SHORT:
-        return decode(family, head_dim, dtype)
+def prefill(family: str, head_dim: int, dtype: torch.dtype, tokens: int, tma: bool, both: bool) -> Attention:
+    """The tile of flash_attention; `tma` says whether descriptors can address these keys, `both` whether rows are
+    padded and packed. Fewer keys at a time leave registers for that, and for heads that do not fill their class."""
+    if family == "interpreter":
+        return INTERPRETED
     size = head_class(head_dim)
+    if tokens <= SHORT:
+        if dtype == torch.float32:
+            return SHORT_FLOAT32[size]
+        tile = decode(family, head_dim, dtype)
+        return tile if head_dim == size else tile._replace(block_k=16)
     if dtype == torch.float32:
-        return PREFILL_FLOAT32[size]
+        return PREFILL_FLOAT32_BOTH[size] if both else PREFILL_FLOAT32[size]
     tile = PREFILL[family][size]
-    return tile if tma or not tile.tma else PREFILL_PLAIN[family][size]
+    if tile.tma and not tma:
+        return PREFILL_PLAIN[family][size]
+    return tile if head_dim == size or not tile.tma else tile._replace(block_k=min(tile.block_k, 64))
 
 
 def hopper(head_dim: int, plain: bool) -> Hopper:

@@ -4,7 +4,10 @@
 """
 
 import importlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from .generation import __all__ as _GENERATION
 
 if TYPE_CHECKING:
     from . import kernels as kernels
@@ -21,27 +24,23 @@ if TYPE_CHECKING:
     from .cache import DynamicCache as DynamicCache
     from .cache import StaticCache as StaticCache
     from .config import LlamaConfig as LlamaConfig
-    from .generation.config import GenerationConfig as GenerationConfig
-    from .generation.processors import LogitsProcessor as LogitsProcessor
-    from .generation.processors import LogitsProcessorList as LogitsProcessorList
-    from .generation.stopping import StoppingCriteria as StoppingCriteria
-    from .generation.stopping import StoppingCriteriaList as StoppingCriteriaList
-    from .generation.streamers import TextIteratorStreamer as TextIteratorStreamer
-    from .generation.streamers import TextStreamer as TextStreamer
+    from .generation import *  # noqa: F403
     from .modeling import LlamaForCausalLM as LlamaForCausalLM
     from .modeling import LlamaForQuestionAnswering as LlamaForQuestionAnswering
     from .modeling import LlamaForSequenceClassification as LlamaForSequenceClassification
     from .modeling import LlamaForTokenClassification as LlamaForTokenClassification
     from .modeling import LlamaModel as LlamaModel
     from .pretrained import LlamaPreTrainedModel as LlamaPreTrainedModel
+    from .seed import set_seed as set_seed
     from .tokenization import BatchEncoding as BatchEncoding
     from .tokenization import LlamaTokenizer as LlamaTokenizer
     from .tokenization import LlamaTokenizerFast as LlamaTokenizerFast
+    from .tokenization import PreTrainedTokenizerFast as PreTrainedTokenizerFast
     from .tokenization import TextStream as TextStream
     from .tokenization import load_tokenizer as load_tokenizer
 
 # module -> the names that live in it
-_NAMES = {
+_NAMES: dict[str, Iterable[str]] = {
     "acceleration": ("accelerate",),
     "auto": (
         "AutoConfig",
@@ -54,10 +53,7 @@ _NAMES = {
     ),
     "cache": ("Cache", "DynamicCache", "StaticCache"),
     "config": ("LlamaConfig",),
-    "generation.config": ("GenerationConfig",),
-    "generation.processors": ("LogitsProcessor", "LogitsProcessorList"),
-    "generation.stopping": ("StoppingCriteria", "StoppingCriteriaList"),
-    "generation.streamers": ("TextIteratorStreamer", "TextStreamer"),
+    "generation": _GENERATION,
     "modeling": (
         "LlamaForCausalLM",
         "LlamaForQuestionAnswering",
@@ -66,7 +62,15 @@ _NAMES = {
         "LlamaModel",
     ),
     "pretrained": ("LlamaPreTrainedModel",),
-    "tokenization": ("BatchEncoding", "LlamaTokenizer", "LlamaTokenizerFast", "TextStream", "load_tokenizer"),
+    "seed": ("set_seed",),
+    "tokenization": (
+        "BatchEncoding",
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "PreTrainedTokenizerFast",
+        "TextStream",
+        "load_tokenizer",
+    ),
 }
 _HOMES = {name: f"llama.{module}" for module, names in _NAMES.items() for name in names}
 _MODULES = ("hf", "kernels", "reference")

@@ -266,10 +266,10 @@ def _padding(keys: torch.Tensor, T: int) -> ops.Padding:
         return ops.Padding(keys, None, None, None)
     if torch.compiler.is_compiling():
         return ops.padding_of(keys, None)
-    padding = getattr(keys, "_padding", None)
-    if padding is None:
-        padding = keys._padding = ops.padding_of(keys, None)  # type: ignore[attr-defined]
-    return padding
+    found = getattr(keys, "_padding", None)
+    if found is None:  # kept without the mask itself, which would keep itself alive
+        found = keys._padding = ops.padding_of(keys, None)._replace(keys=None)  # type: ignore[attr-defined]
+    return found._replace(keys=keys)
 
 
 def _mask(masks: Any, backend: str, start: str, **said: Any) -> torch.Tensor | None:

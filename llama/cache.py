@@ -37,10 +37,23 @@ class CacheLayer:
         self._lent = True
         return None if self._keys is None else self._keys[:, :, : self.length]
 
+    @keys.setter
+    def keys(self, keys: torch.Tensor) -> None:
+        self._put(keys, self.values)
+
     @property
     def values(self) -> torch.Tensor | None:
         self._lent = True
         return None if self._values is None else self._values[:, :, : self.length]
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        self._put(self.keys, values)
+
+    def _put(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Hold these, (B, K, length, D). One is put after the other, so their lengths may differ in between."""
+        self._keys, self._values, self._ours = keys, values, False
+        self.length = max(held.shape[2] for held in (keys, values) if held is not None)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> Pair:
         """Take (B, K, T, D) of new keys and values; give all so far."""
@@ -93,6 +106,21 @@ def _is_frozen(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()
 
 
+class _OfLayers(list):
+    """Every layer's keys or values, as 4.x's caches show them: a tensor put into a place is put into the cache."""
+
+    def __init__(self, layers: list[CacheLayer], name: str):
+        super().__init__(getattr(layer, name) for layer in layers)
+        self._layers, self._name = layers, name
+
+    def __setitem__(self, index: Any, tensor: Any) -> None:
+        setattr(self._layers[index], self._name, tensor)
+        super().__setitem__(index, tensor)
+
+    def append(self, tensor: Any) -> None:
+        raise TypeError("a layer is added to a cache by update(keys, values, layer_idx), not in its key_cache")
+
+
 class Cache:
     """What the models keep between calls. One object serves as transformers' `Cache` and as its tuple of pairs:
 
@@ -100,6 +128,7 @@ class Cache:
     """
 
     max_cache_len: int | None = None
+    is_compileable = False  # transformers' generate asks, and would compile the model
 
     def __init__(self) -> None:
         self.layers: list[CacheLayer] = []
@@ -127,11 +156,11 @@ class Cache:
 
     @property
     def key_cache(self) -> list[torch.Tensor | None]:
-        return [layer.keys for layer in self.layers]
+        return _OfLayers(self.layers, "keys")
 
     @property
     def value_cache(self) -> list[torch.Tensor | None]:
-        return [layer.values for layer in self.layers]
+        return _OfLayers(self.layers, "values")
 
     def __len__(self) -> int:
         return len(self.layers)

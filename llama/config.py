@@ -84,8 +84,9 @@ class LlamaConfig:
         rope["rope_parameters"] = kwargs.pop("rope_parameters", None)
         rope["original_max_position_embeddings"] = kwargs.get("original_max_position_embeddings")
         rope["partial_rotary_factor"] = kwargs.get("partial_rotary_factor")
-        if (kind := kwargs.pop("model_type", None)) not in (None, "llama"):
-            raise ValueError(f"model_type is {kind!r}; only 'llama' models can be read")
+        kind = kwargs.pop("model_type", None)
+        if kind not in (None, "llama", self.model_type):  # a subclass has a name of its own
+            raise ValueError(f"model_type is {kind!r}; only {self.model_type!r} models can be read")
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         self._dtype = _dtype_name(torch_dtype if dtype is None else dtype)
         kwargs["attn_implementation"] = kwargs.pop("_attn_implementation", kwargs.get("attn_implementation"))
@@ -96,7 +97,8 @@ class LlamaConfig:
         for name, value in (GENERAL | kwargs).items():
             setattr(self, name, value)
         self._check_general()
-        checked = reference.Config.from_dict(kwargs | self._numbers() | rope)  # names slips among kwargs too
+        known = {"model_type": None if kind is None else "llama"}
+        checked = reference.Config.from_dict(kwargs | self._numbers() | rope | known)  # names slips among kwargs too
         self.num_key_value_heads, self.head_dim = checked.num_key_value_heads, checked.head_dim
         self.pretraining_tp, self.attention_dropout = checked.pretraining_tp, checked.attention_dropout  # null is none
         self._rope = checked.rope_parameters

@@ -24,7 +24,7 @@ from .generation.stopping import EosTokenCriteria
 
 STEPS = 16  # between two looks of the host at whether all rows are done
 ROOM = 256  # caches are made for a multiple of so many tokens, so that texts of like lengths share one
-GRAPHS = 8  # a decoder keeps so many ways of sampling recorded
+GRAPHS = 8  # a decoder keeps so many recordings: one for each way of sampling, with padding or without
 # What looks at the scores alone; the others want the text, or its length, which a recording would not see change.
 SCORE_PROCESSORS = (
     processors.TemperatureLogitsWarper,
@@ -112,7 +112,8 @@ def refusal(run: "mixin.Run") -> str | None:
         return f"use no logits processors but {known}"
     if torch.is_autocast_enabled(run.ids.device.type):
         return "leave autocast"
-    return "see that the model is a plain LlamaForCausalLM in eval mode" if plan(run.model) is None else None
+    plain = plan(run.model) is not None and not run.reader.prepares
+    return None if plain else "see that the model is a plain LlamaForCausalLM in eval mode"
 
 
 def plan(model: Any) -> Plan | None:
@@ -206,12 +207,16 @@ def new_state(plan: Plan, rows: int, room: int, ends: int) -> State:
     )  # fmt: skip
 
 
-def step(plan: Plan, state: State, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Read `state.token` and choose the next, (B, V) scores to (B,) by `choose`: all in place, in `state`."""
+def step(plan: Plan, state: State, choose: Callable[[torch.Tensor], torch.Tensor], padded: bool = True) -> None:
+    """Read `state.token` and choose the next, (B, V) scores to (B,) by `choose`: all in place, in `state`.
+
+    padded: whether `state.mask` hides anything. Where it does not, attention is quicker without it.
+    """
     B, backend = len(state.token), plan.backend
     x = F.embedding(state.token[:, None], plan.embedding)
     cos, sin = plan.rotary(x, state.position)
-    place, lengths = state.place.expand(B)[:, None], (state.place + 1).expand(B)
+    place, lengths = state.place.expand(B)[:, None], (state.place + 1).expand(B).contiguous()
+    mask = state.mask if padded else None
     normed, residual = ops.rms_norm(x, *plan.layers[0].attention_norm, backend), x
     norms = [*(layer.attention_norm for layer in plan.layers[1:]), plan.norm]  # each layer ends with the next one's
     for layer, norm, keys, values in zip(plan.layers, norms, state.keys, state.values, strict=True):
@@ -220,7 +225,7 @@ def step(plan: Plan, state: State, choose: Callable[[torch.Tensor], torch.Tensor
             for projected in _products(normed, (layer.q, layer.k, layer.v), backend)
         )
         q = ops.apply_rope_to_cache(q, k, v, cos, sin, keys, values, place, backend)
-        out = ops.decode_attention(q, keys, values, lengths, state.mask, backend).transpose(1, 2).reshape(B, 1, -1)
+        out = ops.decode_attention(q, keys, values, lengths, mask, backend).transpose(1, 2).reshape(B, 1, -1)
         (out,) = _products(out, (layer.o,), backend)
         normed, residual = ops.add_rms_norm(out, residual, *layer.mlp_norm, backend)
         hidden = ops.gemv_swiglu(normed, *layer.gate, *layer.up, backend)
@@ -277,23 +282,25 @@ class Decoder:
         state = self.state
         return state.text.shape == (rows, room) and len(state.ends) == ends and self.baked == plan.baked()
 
-    def replay(self, plan: Plan, choose: Chooser, record: bool) -> Callable[[], None]:
-        """What makes a step: a recording, made at the first call for this way of choosing; or the step itself.
+    def replay(self, plan: Plan, choose: Chooser, record: bool, padded: bool = True) -> Callable[[], None]:
+        """What makes a step: a recording, made at the first call for this way of choosing, with padding or without; or
+        the step itself.
 
         Recording runs steps, so it comes before `load`.
         """
 
         def once() -> None:
-            step(plan, self.state, choose)
+            step(plan, self.state, choose, padded)
 
         if not record:
             return once
-        if choose.key not in self.replays:
+        key = (choose.key, padded)
+        if key not in self.replays:
             self.state.place.zero_()  # so that there is room for what recording runs
             if len(self.replays) == GRAPHS:
                 del self.replays[next(iter(self.replays))]
-            self.replays[choose.key] = recorded(once, self.state.token.device)
-        return self.replays[choose.key]
+            self.replays[key] = recorded(once, self.state.token.device)
+        return self.replays[key]
 
     def load(self, run: "mixin.Run") -> None:
         """Take over where `run`, which has read its prompt and chosen one token, stands."""
@@ -376,7 +383,7 @@ def write(run: "mixin.Run", watched: bool = True) -> Iterator[torch.Tensor]:
     if decoder is None or not decoder.fits(now, rows, room, ends):
         decoder = None  # gone before the next one needs its memory
         decoder = Decoder(now, rows, room, ends)
-    replay = decoder.replay(now, Chooser(run), run.decoding != "static")
+    replay = decoder.replay(now, Chooser(run), run.decoding != "static", reader.mask is not None)
     decoder.load(run)
     if not run.cache_is_seen:
         reader.cache = cache = None  # its memory is free from here on

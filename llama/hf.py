@@ -4,11 +4,15 @@ The modules and the forward pass are ours, what surrounds them (from_pretrained,
 transformers' own. `register()` makes its Auto classes give these.
 """
 
+from functools import wraps
+from typing import Any
+
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, modeling_outputs
 
 from . import modeling, ops
+from .cache import StaticCache
 from .config import LlamaConfig
 
 
@@ -38,41 +42,60 @@ class LlamaPreTrainedModel(ops.Computes, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers' rules; and RoPE's frequencies, which it takes for weights that were not in the file."""
-        super()._init_weights(module)
         if isinstance(module, modeling.LlamaRotaryEmbedding):
             module._apply(lambda tensor: tensor)
+        else:
+            super()._init_weights(module)
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict) if return_dict is None else return_dict
 
 
+def _forward(ours: type[modeling.LlamaPreTrainedModel], record: type[modeling_outputs.ModelOutput]) -> Any:
+    """Our forward pass, whose result is put into transformers' record: its libraries look for that class."""
+
+    @wraps(ours.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = ours.forward(self, *args, **kwargs)
+        return out if isinstance(out, tuple) else record(**out)
+
+    return forward
+
+
 class LlamaModel(LlamaPreTrainedModel):
     ours = modeling.LlamaModel
-    forward = modeling.LlamaModel.forward
+    forward = _forward(modeling.LlamaModel, modeling_outputs.BaseModelOutputWithPast)
     _embed, _places = modeling.LlamaModel._embed, modeling.LlamaModel._places
 
 
 class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     ours = modeling.LlamaForCausalLM
-    forward = modeling.LlamaForCausalLM.forward
+    forward = _forward(modeling.LlamaForCausalLM, modeling_outputs.CausalLMOutputWithPast)
+    loss_function = modeling.LlamaForCausalLM.loss_function
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Ours for `cache_implementation="static"`: transformers' hands over its empty places too."""
+        return StaticCache(self.model.config, max_cache_len)
 
 
 class LlamaForSequenceClassification(LlamaPreTrainedModel):
     ours = modeling.LlamaForSequenceClassification
-    forward = modeling.LlamaForSequenceClassification.forward
+    forward = _forward(modeling.LlamaForSequenceClassification, modeling_outputs.SequenceClassifierOutputWithPast)
     _loss = modeling.LlamaForSequenceClassification._loss
 
 
 class LlamaForTokenClassification(LlamaPreTrainedModel):
     ours = modeling.LlamaForTokenClassification
-    forward = modeling.LlamaForTokenClassification.forward
+    forward = _forward(modeling.LlamaForTokenClassification, modeling_outputs.TokenClassifierOutput)
 
 
 class LlamaForQuestionAnswering(LlamaPreTrainedModel):
     base_model_prefix = "transformer"
     ours = modeling.LlamaForQuestionAnswering
-    forward = modeling.LlamaForQuestionAnswering.forward
+    forward = _forward(modeling.LlamaForQuestionAnswering, modeling_outputs.QuestionAnsweringModelOutput)
 
 
 def register() -> None:

@@ -8,6 +8,7 @@ lives in `llama.ops`; what every model can do (load, save, resize ...) in `llama
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from .pretrained import LlamaPreTrainedModel
+from .pretrained import LlamaPreTrainedModel, device_of_weights
 
 
 class LlamaRMSNorm(ops.Computes, nn.Module):
@@ -35,7 +36,7 @@ class LlamaRMSNorm(ops.Computes, nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device_of_weights()))
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,14 @@ class LlamaRotaryEmbedding(nn.Module):
         self.config = config.checked()
         self._config_as_json = json.dumps(asdict(self.config))
         frequencies, self.attention_scaling = reference.rope_frequencies(self.config)
+        self.rope_type = self.config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.register_buffer("inv_freq", torch.tensor(frequencies, device="cpu"), persistent=False)
+
+    @property
+    def original_inv_freq(self) -> torch.Tensor:
+        """`inv_freq`, which no text changes here."""
+        return self.inv_freq
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LlamaRotaryEmbedding":
         """Follow the model to its device, not to its dtype; and be whole again after a stay on "meta"."""
@@ -104,6 +112,7 @@ class LlamaMLP(ops.Computes, nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        self.config, self.hidden_size, self.intermediate_size = config, config.hidden_size, config.intermediate_size
         self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
@@ -132,15 +141,36 @@ class LlamaAttention(ops.Computes, nn.Module):
         self.kv_of = [head * kv_heads // heads for head in self.heads]  # the key/value head that each of them reads
         self.groups_are_even = True
 
+    @property
+    def scaling(self) -> float:
+        """What the scores are multiplied by."""
+        return self.head_dim**-0.5
+
+    @property
+    def is_causal(self) -> bool:
+        """Where no mask is given a token sees itself and what is before it. As `scaling`, not to be changed."""
+        return True
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """Query heads per key/value head."""
+        return len(self.heads) // (self.kv_of[-1] + 1)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | ops.Padding | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, E) -> (B, T, E), and the weights (B, H, T, S) where they are asked for."""
+        """(B, T, E) -> (B, T, E), and the weights (B, H, T, S) where they are asked for or "eager" makes them.
+
+        `position_embeddings` are cos and sin. What else a layer of transformers hands over is not needed.
+        """
+        if position_embeddings is None:
+            raise ValueError("position_embeddings must be (cos, sin), as model.rotary_emb(x, position_ids) makes them")
         B, T, _ = hidden_states.shape
         q, k, v = (
             projected.view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -159,7 +189,7 @@ class LlamaAttention(ops.Computes, nn.Module):
         else:
             out = ops.attention(q, k, v, attention_mask, dropout, self.backend)
         out = out.transpose(1, 2).reshape(B, T, -1)
-        return ops.linear(self.o_proj, out), weights if output_attentions else None
+        return ops.linear(self.o_proj, out), weights
 
     def prune_heads(self, heads: set[int]) -> None:
         """Take these query heads out, and every key/value head that no query head reads any more.
@@ -200,8 +230,9 @@ def _linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = in_features, out_features
-    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
-    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+    device = device_of_weights()
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device)) if bias else None)
     return linear
 
 
@@ -210,6 +241,7 @@ class LlamaDecoderLayer(ops.Computes, nn.Module):
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__()
+        self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -218,18 +250,29 @@ class LlamaDecoderLayer(ops.Computes, nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | ops.Padding | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attentions: list[torch.Tensor] | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """(B, T, E) -> (B, T, E). The attention's weights are added to `attentions` where there is such a list."""
+        """(B, T, E) -> (B, T, E). The attention's weights are added to `attentions` where there is such a list.
+
+        Names and order are transformers'. `position_embeddings`, cos and sin, say where the tokens stand; that, and
+        what else comes, is handed on to the attention.
+        """
+        if attentions is not None:
+            kwargs["output_attentions"] = True
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            attention_mask,
-            past_key_values,
-            attentions is not None,
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
         )
         if attentions is not None and weights is not None:
             attentions.append(weights)
@@ -256,7 +299,7 @@ class LlamaModel(LlamaPreTrainedModel):
         self.padding_idx = None if pad is None or pad < 0 else pad  # the first LLaMA's files say -1
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, self.padding_idx,
-            _weight=torch.empty(config.vocab_size, config.hidden_size),  # drawn by post_init
+            _weight=torch.empty(config.vocab_size, config.hidden_size, device=device_of_weights()),  # post_init draws
         )  # fmt: skip
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -289,7 +332,8 @@ class LlamaModel(LlamaPreTrainedModel):
             use_cache: return a cache, a new one if none was handed in. Default: as `config.use_cache` says.
             cache_position: (T,), where these tokens stand. Only P .. P + T - 1 is possible, and left out as a rule; an
                 earlier place crops the cache to it.
-            packed: the rows hold several texts; one begins wherever `position_ids` do not go on by one.
+            packed: the rows hold several texts; one begins wherever `position_ids` do not go on by one. Without a cache
+                and a mask that needs no saying: there, as in transformers, `position_ids` decide.
 
         Returns:
             `BaseModelOutputWithPast`, or with `return_dict=False` the tuple of what is not None.
@@ -324,14 +368,15 @@ class LlamaModel(LlamaPreTrainedModel):
             if plan is not None:
                 x = row.read(plan, x, rotation, cache)
             else:
+                more = {} if attentions is None else {"attentions": attentions}
                 for layer in self.layers:
                     if output_hidden_states:
                         hidden_states.append(x)
-                    if recompute:
-                        kept = self.gradient_checkpointing_kwargs
-                        x = checkpoint(layer, x, rotation, mask, cache, attentions, **kept)
-                    else:
-                        x = layer(x, rotation, mask, cache, attentions)
+                    run = partial(
+                        layer, attention_mask=mask, position_embeddings=rotation, position_ids=position_ids,
+                        past_key_values=cache, use_cache=use_cache, **more,
+                    )  # fmt: skip
+                    x = checkpoint(run, x, **self.gradient_checkpointing_kwargs) if recompute else run(x)
             x = self.norm(x)
         out = BaseModelOutputWithPast(
             last_hidden_state=x,
@@ -349,7 +394,8 @@ class LlamaModel(LlamaPreTrainedModel):
             if len(shape) != 3 or shape[2] != self.config.hidden_size or 0 in shape:
                 raise ValueError(f"inputs_embeds must be (batch, length, {self.config.hidden_size}), got {shape}")
             return inputs_embeds
-        assert input_ids is not None
+        if not isinstance(input_ids, torch.Tensor):
+            raise ValueError(f"input_ids must be a tensor (batch, length) of integers, got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be (batch, length) of integers, got {_describe(input_ids)}")
         if torch.compiler.is_compiling():
@@ -382,7 +428,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if cache is not None and start < held:
                 cache.crop(start - held)  # negative, as transformers' own now want it
         past = 0 if cache is None else cache.get_seq_length()
-        total = past + T
+        total, masked = past + T, attention_mask is not None
         if attention_mask is not None:
             room = None if cache is None else getattr(cache, "max_cache_len", None)
             if attention_mask.dim() in (2, 4) and attention_mask.shape[-1] == room:
@@ -404,6 +450,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if not compiling and padding.device.type == "cpu" and bool(padding.all()):
                 padding = None
 
+        may_pack = position_ids is not None and cache is None and not masked
         if position_ids is None and packed:
             raise ValueError("packed needs position_ids, which begin anew where a text does")
         if position_ids is None:
@@ -417,18 +464,19 @@ class LlamaModel(LlamaPreTrainedModel):
                 raise ValueError(f"position_ids must be {(B, T)} or (1, {T}), got {tuple(position_ids.shape)}")
 
         first_keys = None
-        if packed:
-            if past:
-                raise ValueError("packed rows cannot follow a cache")
+        if packed and past:
+            raise ValueError("packed rows cannot follow a cache")
+        if packed or may_pack:
             breaks = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
-            first_keys = (breaks * torch.arange(T, device=x.device)).cummax(-1).values.to(torch.int32).expand(B, T)
+            if packed or compiling or bool(breaks.any()):
+                starts = (breaks * torch.arange(T, device=breaks.device)).cummax(-1).values
+                first_keys = starts.to(x.device, torch.int32).expand(B, T)
         if padding is None and first_keys is None:
             mask = attention_mask
         elif attention_mask is None:
-            seen = ops.padding_of(padding, first_keys)
             if ops.uses_triton(self.backend, x):
-                return position_ids, seen
-            mask = ops.as_mask(seen, T, total)
+                return position_ids, ops.padding_of(padding, first_keys)
+            mask = ops.as_mask(ops.Padding(padding, None, None, first_keys), T, total)
         elif attention_mask.dtype == torch.bool:
             mask = attention_mask & ops.as_mask(ops.padding_of(None, first_keys), T, total)
         else:
@@ -496,21 +544,29 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         elif (logits_to_keep := int(logits_to_keep)) < 0:  # NumPy's numbers are integers too
             raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, True, cache_position, packed,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True,
+            cache_position=cache_position, packed=packed,
         )  # fmt: skip
         x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
         kept_x = x[:, kept]
         with _numpy_for_rows(kept_x, self.config.vocab_size * self.config.hidden_size, self.backend):
             logits = ops.linear(self.lm_head, kept_x)
-        if labels is not None and shift_labels is None:
-            _check_labels(labels, x.shape[:2])
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
         loss = None
-        if shift_labels is not None:
-            _check_labels(shift_labels, x.shape[:2], "shift_labels")
-            loss = ops.cross_entropy(logits, shift_labels[:, kept], num_items_in_batch, ignore_index, self.backend)
+        if labels is not None or shift_labels is not None:
+            told: dict[str, Any] = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            if ignore_index != -100:
+                told["ignore_index"] = ignore_index
+            if labels is not None and shift_labels is None:
+                _check_labels(labels, x.shape[:2])
+                if kept != slice(0, None):
+                    shift_labels = _shifted(labels, ignore_index)
+            if shift_labels is not None:
+                _check_labels(shift_labels, x.shape[:2], "shift_labels")
+                told["shift_labels"] = shift_labels[:, kept]
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **told)
         out = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -519,6 +575,25 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             attentions=out.attentions,
         )
         return out if self._wants_dict(return_dict) else out.to_tuple()
+
+    def loss_function(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """What `forward` makes of logits (B, T, V) and labels (B, T), as a float32 scalar; its arguments are explained
+        there. Another function of these names may be put in its place. `vocab_size` says nothing that the logits do
+        not."""
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("labels or shift_labels must be given")
+            shift_labels = _shifted(labels, ignore_index)
+        return ops.cross_entropy(logits, shift_labels, num_items_in_batch, ignore_index, self.backend)
 
 
 class LlamaForSequenceClassification(LlamaPreTrainedModel):
@@ -559,8 +634,10 @@ class LlamaForSequenceClassification(LlamaPreTrainedModel):
             ValueError: as `LlamaModel.forward`; or several texts and no `pad_token_id`.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, True, cache_position,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True,
+            cache_position=cache_position,
         )  # fmt: skip
         x = out.last_hidden_state
         B, T, _ = x.shape
@@ -626,8 +703,9 @@ class LlamaForTokenClassification(LlamaPreTrainedModel):
     ) -> Any:
         """Score every token. Arguments as `LlamaModel.forward`; `labels` (B, T), -100 does not count."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, True,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True,
         )  # fmt: skip
         logits = self.score(self.dropout(out.last_hidden_state))
         out = TokenClassifierOutput(
@@ -666,8 +744,9 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
         """Score the answer's borders. Arguments as `LlamaModel.forward`; `start_positions` and `end_positions` (B,),
         of which those beyond the text do not count."""
         out = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, None,
-            output_attentions, output_hidden_states, True,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states, return_dict=True,
         )  # fmt: skip
         start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)
         loss = None
@@ -695,6 +774,11 @@ def _border_loss(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(scores, places, ignore_index=beyond)
 
 
+def _shifted(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """(B, T) labels of the tokens -> (B, T) labels of what comes after them, nothing after the last."""
+    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
 def _check_labels(labels: torch.Tensor, shape: torch.Size, name: str = "labels") -> None:
     if labels.shape != shape:
         raise ValueError(f"{name} must be {tuple(shape)}, as the tokens; got {tuple(labels.shape)}")
@@ -702,3 +786,8 @@ def _check_labels(labels: torch.Tensor, shape: torch.Size, name: str = "labels")
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+ops.note_forwards(
+    LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+)

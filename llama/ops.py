@@ -162,10 +162,12 @@ def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
     """Let NumPy take the products of one row with matrices of up to `size` numbers, as in every step of decoding.
 
     That is float32 on a CPU of which nobody keeps a record. PyTorch stays on this thread meanwhile: its workers go on
-    spinning for milliseconds after each parallel region, on the cores that BLAS's need. For large matrices BLAS takes
-    as many threads as PyTorch had. For those that are read in less time than a scheduler's slice it takes one: a thread
-    whose core somebody else uses would hold up each of a token's few hundred products for a whole slice. One thread
-    takes a product row by row (`np.vecdot`), which reads a mapped file a quarter faster than BLAS's own order does.
+    spinning for milliseconds after each parallel region, on the cores that BLAS's need. OpenMP itself is told so, for
+    that concerns this thread alone; `torch.set_num_threads` tells all threads to come as well, and is used only where
+    PyTorch has another pool. For large matrices BLAS takes as many threads as PyTorch had. For those that are read in
+    less time than a scheduler's slice it takes one: a thread whose core somebody else uses would hold up each of a
+    token's few hundred products for a whole slice. One thread takes a product row by row (`np.vecdot`), which reads a
+    mapped file a quarter faster than BLAS's own order does.
 
     BLAS's number of threads may belong to the process or to the thread that sets it, as its build has it. So the first
     thread that comes in notes what it was, and every one that leaves gives that back.
@@ -173,31 +175,35 @@ def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
     if _rows.active or not _suits_numpy(x):
         yield
         return
-    libraries, threads = _blas_libraries(), torch.get_num_threads()
+    threads = torch.get_num_threads()  # first of all: a thread's first call of PyTorch sets OpenMP's number
+    libraries, openmp = _libraries("blas"), _libraries("openmp")
+    before = [library.num_threads for library in openmp]
     with _pools.lock:
         if _pools.inside == 0:
-            _pools.torch, _pools.blas = threads, [library.num_threads for library in libraries]
-        elif threads == 1:  # this thread was born within another's step, and took its 1 for the rule
-            threads = _pools.torch
+            _pools.blas = [library.num_threads for library in libraries]
         _pools.inside += 1
         _set_threads(libraries, [threads if size >= LARGE else 1] * len(libraries))
     _rows.active, _rows.product = True, np.dot if size >= LARGE and threads > 1 else np.vecdot
-    torch.set_num_threads(1)
+    _set_threads(openmp, [1] * len(openmp))
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
         _rows.active = False
-        torch.set_num_threads(threads)
+        _set_threads(openmp, before)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         with _pools.lock:
             _pools.inside -= 1
             _set_threads(libraries, _pools.blas)
 
 
 class _Pools:
-    """What the pools of threads had before the first thread came in."""
+    """What BLAS's pools of threads had before the first thread came in."""
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.torch = threading.Lock(), 0, 1
+        self.lock, self.inside = threading.Lock(), 0
         self.blas: list[int] = []
 
 
@@ -210,9 +216,9 @@ def _set_threads(libraries: list[Any], numbers: list[int]) -> None:
 
 
 @cache
-def _blas_libraries() -> list[Any]:
-    """NumPy's, and any other that is loaded, as threadpoolctl knows them."""
-    return ThreadpoolController().select(user_api="blas").lib_controllers
+def _libraries(api: str) -> list[Any]:
+    """NumPy's or PyTorch's ("blas", "openmp"), and any other that is loaded, as threadpoolctl knows them."""
+    return ThreadpoolController().select(user_api=api).lib_controllers
 
 
 def _suits_numpy(x: torch.Tensor) -> bool:
@@ -243,12 +249,22 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_cpu and is_unwatched(module)
 
 
+_own_forwards: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.SiLU, nn.Embedding)}
+
+
+def note_forwards(*classes: type[nn.Module]) -> None:
+    """Remember the forwards of these classes as their own, so that `is_unwatched` sees when somebody replaces one."""
+    _own_forwards.update({cls: cls.forward for cls in classes})
+
+
 def is_unwatched(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing more."""
+    """Whether calling `module` runs its class's own forward and nothing more."""
+    own = _own_forwards.get(type(module))
     return (
         "forward" not in module.__dict__  # how accelerate attaches itself
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and (own is None or type(module).forward is own)
     )
 
 
@@ -364,7 +380,7 @@ def attention(
             causal = True
         else:
             mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes tensors of sizes
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
         times = q.shape[1] // k.shape[1]  # CUDA's fused kernels take grouped heads only in halves without a mask
         k, v, grouped = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), False
@@ -404,15 +420,16 @@ def apply_rope_to_cache(
 
 def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
-    mask: torch.Tensor, backend: str = "auto",
+    mask: torch.Tensor | None = None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """`attention` of one token per row, q (B, H, 1, D), to the first lengths (B,) places of caches (B, K, S, D), but
-    for those that mask (B, S) calls padding. What lies beyond a length must be finite."""
+    for those that mask (B, S) calls padding, if it is given. What is not looked at must be finite."""
     if q.shape[-1] <= 256 and uses_triton(backend, q, k_cache, v_cache):
         from .kernels import decode_attention as kernel
 
         return kernel.decode_attention(q, k_cache, v_cache, lengths, mask)
-    seen = mask & (torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None])
+    seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]
+    seen = seen if mask is None else seen & mask
     return attention(q, k_cache, v_cache, seen[:, None, None], backend="torch")
 
 

@@ -1,9 +1,12 @@
 """What every model of `llama.modeling` can do: load, save, resize, tie, prune. transformers' `PreTrainedModel`."""
 
+import copy
 import difflib
+import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,19 +15,30 @@ from torch import nn
 
 from . import ops
 from .checkpoints import ALIASES, Checkpoint, open_checkpoint
+from .checkpoints.names import find
 from .checkpoints.torch_files import as_torch, replaced, save_weights, torch_dtype
 from .checkpoints.where import hub_options
 from .config import LlamaConfig
 from .generation.config import GenerationConfig
 from .progress import progress
 
-# Keywords of transformers' from_pretrained that change nothing here: files are always mapped, and never run.
+# Keywords of transformers' from_pretrained that change nothing here: files are always mapped, never run, and a model
+# lies on one device.
 IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "resume_download", "_fast_init",
-        "offload_folder"}  # fmt: skip
+        "offload_folder", "offload_state_dict", "offload_buffers", "max_memory"}  # fmt: skip
 # Those that would change something, and are passed as None by those who do not mean them.
-ABSENT = ("variant", "quantization_config", "max_memory")
+ABSENT = ("variant", "quantization_config", "device_mesh", "tp_plan", "tp_size")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADS = ("lm_head.", "score.", "qa_outputs.")
+LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+
+
+def device_of_weights() -> torch.device | None:
+    """Where our own modules make their weights: on "meta" while a file is loaded, for the file's take their places.
+
+    What a subclass adds is made as its constructor says, because no file may hold it.
+    """
+    return torch.device("meta") if LOADING.get() else None
 
 
 class LlamaPreTrainedModel(ops.Computes, nn.Module):
@@ -44,7 +58,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         if not isinstance(config, LlamaConfig):
-            raise ValueError(f"config must be a LlamaConfig, got {type(config).__name__}")
+            more = "; llama.LlamaConfig.from_dict(config.to_dict()) makes one" if hasattr(config, "to_dict") else ""
+            raise ValueError(f"config must be a LlamaConfig, got {_class_name(config)}{more}")
         config.checked()  # it may have been changed since it was made
         pad = config.pad_token_id
         if pad is not None and pad >= config.vocab_size:
@@ -98,7 +113,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
     @property
     def base_model(self) -> "LlamaPreTrainedModel":
         """The model below the head."""
-        return getattr(self, self.base_model_prefix) if self.base_model_prefix else self
+        return getattr(self, self.base_model_prefix, self) if self.base_model_prefix else self
 
     @property
     def name_or_path(self) -> str:
@@ -248,12 +263,30 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` under the name that transformers 5 gives it."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Keep only the layers' inputs while training and compute the rest again: memory for time. No cache then.
 
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+            every_n_layers, offload: transformers 5 can leave layers out and keep the inputs in the CPU's memory; here
+                all layers are recomputed, and the inputs stay where they are.
         """
+        if every_n_layers != 1 or offload:
+            raise ValueError("every layer is recomputed and nothing is offloaded; leave out every_n_layers and offload")
         base = self.base_model
         base.gradient_checkpointing = True
         base.gradient_checkpointing_kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
@@ -261,25 +294,34 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
 
+    def activation_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing_disable()
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         return self.base_model.gradient_checkpointing
 
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.is_gradient_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Let gradients reach the embeddings' output though its weight is frozen, as adapters need."""
+        self.disable_input_require_grads()
         self._input_grads_hook = self.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output.requires_grad_(True)
         )
 
     def disable_input_require_grads(self) -> None:
-        self._input_grads_hook.remove()
+        if hook := vars(self).pop("_input_grads_hook", None):
+            hook.remove()
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, config: LlamaConfig, **kwargs: Any) -> Self:
         """A model of newly drawn weights, in the configuration's dtype; keywords take the place of its fields."""
-        config, unused = LlamaConfig.from_dict(config.to_dict(), return_unused_kwargs=True, **_meant(kwargs))
+        config, unused = cls._configuration(config, _meant(kwargs))
         if unused:
             raise ValueError(f"from_config knows no {sorted(unused)[0]}")
         model = cls(config)
@@ -288,11 +330,19 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
     _from_config = from_config
 
     @classmethod
+    def _configuration(cls, config: Any, fields: dict[str, Any]) -> tuple[LlamaConfig, dict[str, Any]]:
+        """A configuration of this class (or `config`'s own, if it is one of ours) from a configuration, transformers'
+        too, or a file's dictionary; with `fields` in the places of its own, and those of them that it lacks."""
+        kind = type(config) if isinstance(config, LlamaConfig) else cls.config_class
+        said = config if isinstance(config, dict) else config.to_dict()
+        return kind.from_dict(said, return_unused_kwargs=True, **fields)
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: "str | os.PathLike[str] | Checkpoint",
         *,
-        config: LlamaConfig | None = None,
+        config: Any = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         backend: str = "auto",
@@ -301,6 +351,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        generation_config: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The model at a folder (safetensors or .bin, sharded or not, or Meta's consolidated.*.pth), a `.gguf` file, a
@@ -310,17 +361,20 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         and pages come in as they are used.
 
         Args:
+            config: a `LlamaConfig` (transformers' will do) in the place of the file's.
             dtype: of the weights; "auto" is the file's, and the default. `torch_dtype` is transformers 4's name.
             device: where to; `device_map` with one device ("auto", "cpu", {"": "cuda:0"}) does as well.
             backend: as `set_backend`.
             ignore_mismatched_sizes: draw a weight anew whose shape in the file is another, instead of an error.
             output_loading_info: give (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             state_dict: weights that take the place of the file's.
-            kwargs: fields of the configuration that take the place of the file's; and for the Hub `revision`, `token`,
-                `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `gguf_file`, as
-                `llama.checkpoints.find` explains them.
+            generation_config: options of `generate` in the place of the file's.
+            kwargs: fields of the configuration that take the place of the file's; what a subclass's constructor takes
+                beside the configuration; and for the Hub `revision`, `token`, `cache_dir`, `local_files_only`,
+                `force_download`, `subfolder`, `gguf_file`, as `llama.checkpoints.find` explains them.
 
-        A head that the file lacks is drawn anew, with a warning. Base and head models read each other's files.
+        A head that the file lacks is drawn anew, with a warning, and so is what a subclass adds to the model. Base and
+        head models read each other's files.
 
         Raises:
             ValueError, OSError: a file, a tensor or an argument is missing, damaged or unfit; the message names it.
@@ -328,100 +382,123 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         ops.check_backend(backend)
         where, hub, kwargs = pretrained_model_name_or_path, hub_options(kwargs), _meant(kwargs)
         checkpoint = open_checkpoint(where, wanted="parameters", **hub)
-        if config is not None and not isinstance(config, LlamaConfig):
-            raise ValueError(f"config must be a LlamaConfig, got {type(config).__name__}")
-        said = checkpoint.config if config is None else config.to_dict()
-        config, unused = LlamaConfig.from_dict(said, return_unused_kwargs=True, **kwargs)
+        if config is not None and not hasattr(config, "to_dict"):
+            raise ValueError(f"config must be a LlamaConfig, got {_class_name(config)}")
+        config, unused = cls._configuration(checkpoint.config if config is None else config, kwargs)
+        taken = inspect.signature(cls.__init__).parameters  # what a subclass wants to know beside the configuration
+        more = {name: unused.pop(name) for name in taken if name in unused}
         if unused:
             name = sorted(unused)[0]
             near = difflib.get_close_matches(name, [*vars(config), "dtype", "device", "backend", "device_map"], n=1)
             raise ValueError(f"from_pretrained knows no {name}" + (f"; {near[0]} must be meant" if near else ""))
         config.name_or_path = str(where if isinstance(where, str) and where not in ALIASES else checkpoint.path)
-        tensors = _Tensors(checkpoint, state_dict)
+        tensors = _Tensors(checkpoint, state_dict, cls.base_model_prefix)
         wanted = _wanted_dtype(torch_dtype if dtype is None else dtype, config, tensors)
-        if config.num_hidden_layers > max(len(tensors.names), 1000):
+        if config.num_hidden_layers > max(len(tensors.stored), 1000):
             raise ValueError(
                 f"{checkpoint.path}: the configuration asks for {config.num_hidden_layers} layers, and the file holds "
-                f"{len(tensors.names)} tensors. Correct its configuration, or fetch it anew."
+                f"{len(tensors.stored)} tensors. Correct its configuration, or fetch it anew."
             )
+        before = LOADING.set(True)
         try:
-            with torch.device("meta"):
-                model = cls(config)
+            model = cls(config, **more)
         except RuntimeError as error:  # more numbers than 63 bits count
             raise ValueError(f"{checkpoint.path}: the configuration asks for too large a model ({error})") from error
+        finally:
+            LOADING.reset(before)
         info = model._load(tensors, wanted, _one_device(device, device_map), ignore_mismatched_sizes)
         if info["missing_keys"] and not output_loading_info:
-            _judge_missing(checkpoint.path, cls, info["missing_keys"])
+            _judge_missing(checkpoint.path, cls, info["missing_keys"], tensors)
         extra = [name for name in info["unexpected_keys"] if not name.startswith(HEADS)]
         if extra and not output_loading_info:
             warnings.warn(f"{checkpoint.path}: {len(extra)} tensors are not used, among them {extra[0]}", stacklevel=2)
         config.dtype = wanted
         model.set_backend(backend)
-        if model.can_generate() and checkpoint.generation_config:
+        if model.can_generate() and isinstance(generation_config, GenerationConfig):
+            model.generation_config = copy.deepcopy(generation_config)
+        elif model.can_generate() and generation_config is not None:  # transformers', where None is "as by default"
+            said = generation_config.to_diff_dict()
+            model.generation_config = GenerationConfig.from_dict({k: v for k, v in said.items() if v is not None})
+        elif model.can_generate() and checkpoint.generation_config:
             model.generation_config = GenerationConfig.from_dict(checkpoint.generation_config)
         model.eval()
         return (model, info) if output_loading_info else model
 
     def _load(self, tensors: "_Tensors", dtype: torch.dtype, device: torch.device, ignore_mismatched: bool) -> dict:
-        """Put the tensors in the place of the meta parameters; draw those that are not there."""
-        names = tensors.names
-        tied = {"lm_head.weight", "embed_tokens.weight"} if self._tied_weights_keys else set()
-        if tied and tied <= names.keys() and self.config.tie_word_embeddings:
-            head, embedding = tensors.read(names["lm_head.weight"]), tensors.read(names["embed_tokens.weight"])
-            if not _equal(head, embedding):
-                warnings.warn("lm_head.weight differs from the embedding, so they are not tied", stacklevel=4)
-                self.config.tie_word_embeddings = False
-                self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
-        missing, mismatched, used = [], [], set()
-        for name, meta in progress(list(self.named_parameters()), "loading", "tensors"):
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            stored = names.get(_core(name))
-            used.add(_core(name))
-            tensor = None if stored is None else tensors.read(stored)
-            if tensor is not None and tensor.dtype not in FLOATS:
-                kind = str(tensor.dtype).removeprefix("torch.")
+        """Put the tensors in the places of the parameters and buffers; draw the parameters that are not there."""
+        files = tensors.stored
+        head, embedding = (tensors.find(n) for n in ("lm_head.weight", f"{self.base_model_prefix}.embed_tokens.weight"))
+        ties = self._tied_weights_keys and self.config.tie_word_embeddings
+        if ties and head and embedding and not _equal(tensors.read(head), tensors.read(embedding)):
+            warnings.warn("lm_head.weight differs from the embedding, so they are not tied", stacklevel=4)
+            self.config.tie_word_embeddings = False
+            self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
+        kept = self.state_dict(keep_vars=True)
+        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        first: dict[int, str] = {}
+        places = {name: [name] for name in buffers}  # a subclass may have put one parameter into several
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            places.setdefault(first.setdefault(id(parameter), name), []).append(name)
+        wanted = parameters | {name: buffer for name, buffer in buffers.items() if name in kept}
+        found: dict[str, str] = {}
+        taken: set[str] = set()
+        for name in sorted(wanted, key=lambda name: not tensors.is_body(name)):
+            if (file := tensors.find(name, taken)) is not None:
+                found[name] = file
+                taken.add(file)
+        missing, mismatched = [name for name in wanted if name not in found], []
+        for name, file in list(found.items()):
+            was, now = torch.Size(files[file].shape), wanted[name].shape
+            if name in parameters and tensors.dtype(file) not in FLOATS:
+                kind = str(tensors.dtype(file)).removeprefix("torch.")
                 raise ValueError(
-                    f"{tensors.checkpoint.path}: {stored} is stored as {kind}; quantised models cannot be read"
+                    f"{tensors.checkpoint.path}: {file} is stored as {kind}; quantised models cannot be read"
                 )
-            if tensor is not None and tensor.shape != meta.shape:
-                if not ignore_mismatched:
-                    raise ValueError(
-                        f"size mismatch for {name}: the file holds {tuple(tensor.shape)}, the configuration asks for "
-                        f"{tuple(meta.shape)}. Correct the configuration or fetch the model anew; in Python, "
-                        "ignore_mismatched_sizes=True draws such weights anew"
-                    )
-                mismatched.append((name, tensor.shape, meta.shape))
-                tensor = None
-            elif tensor is None:
-                missing.append(name)
-            drawn = tensor is None
-            if tensor is None:
-                tensor = torch.empty(meta.shape, dtype=dtype, device=device)
-            setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=meta.requires_grad))
-            if drawn:
-                with torch.no_grad():
-                    if leaf == "bias":
-                        module.get_parameter(leaf).zero_()
-                    elif isinstance(module, nn.Linear | nn.Embedding):
-                        self._init_weights(module)
-                    else:
-                        module.get_parameter(leaf).fill_(1.0)
-        for module in self.modules():
-            if hasattr(module, "inv_freq"):
-                module.to(device)
+            if was != now and not ignore_mismatched:
+                raise ValueError(
+                    f"size mismatch for {name}: the file holds {tuple(was)}, the configuration asks for {tuple(now)}. "
+                    "Correct the configuration or fetch the model anew; in Python, ignore_mismatched_sizes=True draws "
+                    "such weights anew"
+                )
+            if was != now:
+                mismatched.append((name, was, now))
+                del found[name]
+
+        drawn = [name for name in parameters if name not in found]
+        for name in drawn:
+            tensor: torch.Tensor = parameters[name]
+            if tensor.is_meta:  # one of our own, of which `_init_weights` draws all but the norms
+                fill = torch.zeros if name.endswith("bias") else torch.ones
+                tensor = fill(tensor.shape, dtype=dtype, device=device)
+            self._put(places[name], tensor, dtype, device)
+        for module in {self.get_submodule(name.rpartition(".")[0]): None for name in drawn}:
+            self._init_weights(module)
+        for name, file in progress(list(found.items()), "loading", "tensors"):
+            self._put(places[name], tensors.read(file), dtype, device)
+        for name in buffers.keys() - found.keys():
+            self._put(places[name], buffers[name], dtype, device)
         self.tie_weights()
+        taken.update(*(names[1:] for names in places.values()))
         if self.config.tie_word_embeddings:
-            used.add("lm_head.weight")
-        unexpected = sorted(
-            stored for core, stored in names.items() if core not in used and not core.endswith("rotary_emb.inv_freq")
-        )
+            taken.add("lm_head.weight")
+        unexpected = sorted(file for file in files if file not in taken and not file.endswith("rotary_emb.inv_freq"))
         return {
             "missing_keys": missing,
             "unexpected_keys": unexpected,
             "mismatched_keys": mismatched,
             "error_msgs": [],
         }
+
+    def _put(self, names: list[str], tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        """A tensor into the places of a parameter or buffer, as `.to(device, dtype)` would leave it."""
+        places = [(self.get_submodule(owner), leaf) for owner, _, leaf in (name.rpartition(".") for name in names)]
+        old = getattr(*places[0])
+        keeps_dtype = places[0][1] == "inv_freq" or not tensor.is_floating_point()
+        new = tensor.to(device, tensor.dtype if keeps_dtype else dtype)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        for module, leaf in places:
+            setattr(module, leaf, new)
 
     def save_pretrained(
         self,
@@ -460,7 +537,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
                 head = tensors.get(name)
                 if head is not None and embedding is not None and _equal(head, embedding):
                     del tensors[name]
-        config = LlamaConfig.from_dict(self.config.to_dict())
+        config = type(self.config).from_dict(self.config.to_dict())
         config.architectures, config.dtype = [type(self).__name__], self.dtype
         with replaced(folder) as partial:
             config.save_pretrained(partial)
@@ -477,39 +554,58 @@ def _meant(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Tensors:
-    """The tensors of a checkpoint, or of a state dict, under their names without the base model's prefix."""
+    """The tensors of a checkpoint, or of a state dict, and which of them a model of this prefix asks for."""
 
-    def __init__(self, checkpoint: Checkpoint, state_dict: Mapping[str, torch.Tensor] | None):
+    def __init__(self, checkpoint: Checkpoint, state_dict: Mapping[str, torch.Tensor] | None, prefix: str):
         self.checkpoint, self.state_dict = checkpoint, state_dict
-        self.names = {_core(name): name for name in (checkpoint.tensors if state_dict is None else state_dict)}
+        self.stored: Mapping[str, Any] = checkpoint.tensors if state_dict is None else state_dict
+        self.prefix = prefix and f"{prefix}."
+
+    def is_body(self, name: str) -> bool:
+        """Whether a parameter of this name lies in the base model."""
+        return name.startswith(self.prefix)
+
+    def is_llamas(self, name: str) -> bool:
+        """Whether every Llama's base model has it: an adapter that somebody put into a layer is another matter."""
+        return self.is_body(name) and find("model." + name.removeprefix(self.prefix), "hugging_face") is not None
+
+    def find(self, name: str, taken: Container[str] = ()) -> str | None:
+        """The file's name of a parameter: base models and those with a head read each other's files."""
+        names, inside = [name], name.removeprefix(self.prefix)
+        if self.is_body(name):
+            prefixes = (self.prefix, "model.", "transformer.", "") if self.prefix else ("model.", "transformer.", "")
+            names = [prefix + inside for prefix in prefixes]
+        return next((name for name in names if name in self.stored and name not in taken), None)
 
     def read(self, name: str) -> torch.Tensor:
         return as_torch(self.checkpoint.read(name)) if self.state_dict is None else self.state_dict[name]
 
-    def dtypes(self) -> Iterator[torch.dtype]:
-        """Those of the tensors in turn, without reading any."""
-        if self.state_dict is not None:
-            return (tensor.dtype for tensor in self.state_dict.values())
-        return (torch_dtype(stored.dtype) for stored in self.checkpoint.tensors.values())
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's, without reading it."""
+        return torch_dtype(self.stored[name].dtype) if self.state_dict is None else self.state_dict[name].dtype
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
-def _core(name: str) -> str:
-    """A parameter's name without the prefix that a head puts before its base model."""
-    return name.removeprefix("model.").removeprefix("transformer.")
+def _class_name(value: Any) -> str:
+    """The name of its class, with its module where the class is called as ours is."""
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ == LlamaConfig.__name__ else kind.__name__
 
 
-def _judge_missing(path: Path, cls: type, missing: list[str]) -> None:
-    """A new head is meant to be missing in a base model's file; anything else is a damaged model."""
-    body = [name for name in missing if not name.startswith(HEADS)]
+def _judge_missing(path: Path, cls: type, missing: list[str], tensors: _Tensors) -> None:
+    """A new head, or what a subclass adds, is meant to be missing in a base model's file; anything else is a damaged
+    model."""
+    body = [name for name in missing if tensors.is_llamas(name)]
     if body:
         more = f" and {len(body) - 1} others" if len(body) > 1 else ""
         raise ValueError(f"{path}: the tensor {body[0]} is missing{more}. Correct its configuration, or fetch it anew.")
+    more = f" and {len(missing) - 4} others" if len(missing) > 4 else ""
     warnings.warn(
-        f"{path} holds no {', '.join(missing)}: {cls.__name__} draws them anew, and they must be trained", stacklevel=3
+        f"{path} holds no {', '.join(missing[:4])}{more}: {cls.__name__} draws them anew, and they must be trained",
+        stacklevel=3,
     )
 
 
@@ -518,14 +614,16 @@ def _wanted_dtype(asked: str | torch.dtype | None, config: LlamaConfig, tensors:
         config.dtype = asked
     if config.dtype is not None:
         return config.dtype
-    return next((dtype for dtype in tensors.dtypes() if dtype.is_floating_point), torch.float32)
+    dtypes = map(tensors.dtype, tensors.stored)
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def _one_device(device: Any, device_map: Any) -> torch.device:
     if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
+        places = set(map(str, device_map.values()))
+        if len(places) != 1:
             raise ValueError(f'device_map must name one device, {{"": device}}; got {dict(device_map)}')
-        device_map = device_map[""]
+        device_map = next(iter(device_map.values()))
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same; give one of them")
     where = device if device_map is None else device_map

@@ -274,19 +274,19 @@ def _prefills() -> Iterator[Case]:
     starts, lengths = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4096)
     padding: dict[str, Any] = {"starts": starts, "lengths": lengths, "mask": torch.ones(2, 4096, dtype=torch.bool)}
     packing: dict[str, Any] = {"first_keys": torch.zeros(2, 1024, dtype=torch.int64)}
+    few: dict[str, Any] = {"first_keys": packing["first_keys"][:, : tiles.SHORT]}
+    for words, options in (("causal", {}), ("padded", padding), ("packed", packing), ("both", padding | packing)):
+        for D in tiles.HEAD_DIMS:
+            yield _prefill(words, D, **options)
+            yield _prefill(f"expanded {words}", D, expanded=True, **options)
+            yield _prefill(words, D, FP32, **options)
+        yield _prefill(words, 80, **options)
+        yield _prefill(words, 100, wide=False, **options)  # rows of 200 bytes: no descriptors, no loads of 128 bits
+    for words, options in (("padded", padding), ("packed", few), ("both", padding | few)):
+        for D in (*tiles.HEAD_DIMS, 100):
+            yield _prefill(f"short {words}", D, T=tiles.SHORT, wide=D != 100, **options)
     for D in tiles.HEAD_DIMS:
-        yield _prefill("causal", D)
-        yield _prefill("padded", D, **padding)
-        yield _prefill("packed", D, **packing)
-        yield _prefill("expanded", D, expanded=True)
-        yield _prefill("expanded padded", D, expanded=True, **padding)
-        yield _prefill("expanded packed", D, expanded=True, **packing)
-        yield _prefill("causal", D, FP32)
-        yield _prefill("padded", D, FP32, **padding)
-        yield _prefill("packed", D, FP32, **packing)
-        yield _prefill("short", D, T=tiles.SHORT, **padding)
-    yield _prefill("causal", 80)
-    yield _prefill("causal", 100, wide=False)  # rows of 200 bytes: neither descriptors nor loads of 128 bits
+        yield _prefill("short both", D, FP32, T=tiles.SHORT, **padding, **few)
 
 
 def _prefill(words: str, D: int, dtype: torch.dtype = BF16, T: int = 1024, expanded: bool = False, wide: bool = True,
@@ -344,7 +344,8 @@ def _decode(words: str, D: int, dtype: torch.dtype = BF16, K: int = 8, wide: boo
     cache = cache if pages is None else cache.view(128, K, 64, D)
     call = partial(decode_attention._decode_attention.launch, q, cache, cache, torch.full((2,), 4096), mask, pages)
     products = None if dtype == FP32 else SMALL_PRODUCTS
-    sizes = {"B": 2, "S": 4096, "H": 32, "K": K, "D": D, "e": dtype.itemsize, "page": 0 if pages is None else 64}
+    sizes = {"B": 2, "S": 4096, "H": 32, "K": K, "D": D, "e": dtype.itemsize, "page": 0 if pages is None else 64,
+             "masked": int(mask is not None)}  # fmt: skip
     return Case("decode_attention", f"{words} D={D} {_word(dtype)}", call, products, wide, sizes)
 
 
@@ -353,8 +354,8 @@ def _gemvs() -> Iterator[Case]:
     for rows in (1, gemv.MOST_ROWS):
         yield from _gemv(rows, 4096, BF16)
         yield from _gemv(rows, 4096, FP32)
-    yield from _gemv(1, 4096, BF16, pdl=True)
     yield from _gemv(1, 576, BF16)
+    yield from _gemv(1, 4096, BF16, pdl=True)
 
 
 def _gemv(rows: int, width: int, dtype: torch.dtype, pdl: bool = False) -> Iterator[Case]:
@@ -363,7 +364,10 @@ def _gemv(rows: int, width: int, dtype: torch.dtype, pdl: bool = False) -> Itera
     q, k = torch.randn(H * D, width, dtype=dtype), torch.randn(K * D, width, dtype=dtype)
     shape = f"{rows} x {width} {_word(dtype)}{' pdl' * pdl}"
     sizes = {"B": rows, "E": width, "H": H, "K": K, "D": D, "F": F, "e": dtype.itemsize}
-    qkv, o = partial(gemv._gemv.launch, x, q, k, k, pdl), partial(gemv._gemv.launch, x, q, None, None, pdl)
-    yield Case("gemv", f"q k v {shape}", qkv, sizes=sizes)
-    yield Case("gemv", f"o {shape}", o, sizes=sizes | {"K": 0})
-    yield Case("gemv_swiglu", shape, partial(gemv._gemv_swiglu.launch, x, gate, gate, pdl), sizes=sizes)
+    y, hidden = x.new_empty(rows, len(q) + 2 * len(k)), x.new_empty(rows, F)
+    targets = ("sm_90", "sm_100") if pdl else tiles.FAMILIES
+    yield Case("gemv", f"q k v {shape}", partial(gemv._run, x, [q, k, k], y, False, pdl), sizes=sizes, targets=targets)
+    yield Case("gemv", f"o {shape}", partial(gemv._run, x, [q], x.new_empty(rows, len(q)), False, pdl),
+               sizes=sizes | {"K": 0}, targets=targets)  # fmt: skip
+    yield Case("gemv_swiglu", shape, partial(gemv._run, x, [gate, gate], hidden, True, pdl), sizes=sizes,
+               targets=targets)  # fmt: skip

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from llama.kernels import launch
@@ -63,6 +64,11 @@ def around_powers_of_two(largest: int) -> st.SearchStrategy[int]:
     """1 to `largest`, with a liking for powers of two and their neighbours."""
     near = {2**n + d for n in range(largest.bit_length()) for d in (-1, 0, 1)}
     return st.integers(1, largest) | st.sampled_from(sorted(n for n in near if 1 <= n <= largest))
+
+
+def examples(count: int) -> settings:
+    """So many examples in the interpreter. On a GPU a tenth: nearly every shape and layout is compiled for itself."""
+    return settings(max_examples=count if launch.INTERPRETED else max(5, count // 10))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -4,11 +4,13 @@ The kernels run in Triton's interpreter, or on a GPU. A kernel that was not call
 """
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import accelerate
@@ -727,3 +729,20 @@ def test_a_step_with_a_static_cache_compiles_whole(calls):
         calls.clear()
         near(read(torch.compile(model, fullgraph=True, backend="eager")), before)
     assert "decode_attention" in calls
+
+
+def test_a_mask_does_not_keep_itself_alive():
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        mask = torch.tensor([[False, True, True]])
+        kept = weakref.ref(mask)
+        for _ in range(2):
+            padding = acceleration._padding(mask, 3)
+            assert padding.keys is mask
+            assert padding.starts.tolist() == [1]
+        del mask, padding
+        assert kept() is None
+    finally:
+        if collects:
+            gc.enable()

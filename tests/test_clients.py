@@ -4,8 +4,10 @@ step of one row on a CPU, where `llama.ops.linear` has a way of its own."""
 import copy
 import io
 import pickle
+import random
 
 import accelerate
+import numpy as np
 import peft
 import pytest
 import torch
@@ -26,6 +28,7 @@ from llama import LlamaForCausalLM, ops
 # What peft has to say of transformers' model as well.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
     "ignore:Position ids are not supported for parameter efficient tuning:UserWarning",
 )
@@ -535,8 +538,8 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("name", LABELS)
-def test_the_trainer_trains(tmp_path, name):
+@pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in LABELS), ("LlamaForCausalLM", True)])
+def test_the_trainer_trains(tmp_path, name, checkpointing):
     """The same losses: over several batches it counts the labels itself, and must know which of them count.
 
     (transformers' classifiers report the sum over the batches then, so they get one at a time.)
@@ -549,6 +552,7 @@ def test_the_trainer_trains(tmp_path, name):
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
             save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=1, gradient_accumulation_steps=steps,
+            **({"gradient_checkpointing": True} if checkpointing else {}),
         )  # fmt: skip
         rows = [{"input_ids": IDS[0].roll(i), "labels": LABELS[name]} for i in range(4)]
         trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:3])
@@ -558,6 +562,42 @@ def test_the_trainer_trains(tmp_path, name):
         trainer.save_model(str(tmp_path / "saved"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-2, abs=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_the_loss_function_is_asked_and_may_be_replaced():
+    model, theirs = pair()
+    labels = torch.where(IDS == 7, -100, IDS)
+    given = {"logits": theirs(IDS).logits.detach(), "vocab_size": 12}
+    for more in ({"labels": labels}, {"labels": IDS, "num_items_in_batch": 3}, {"labels": IDS, "ignore_index": 2},
+                 {"labels": None, "shift_labels": labels}):  # fmt: skip
+        assert miss(model.loss_function(**given, **more), theirs.loss_function(**given, **more)) < 1e-6
+    with pytest.raises(ValueError, match="labels or shift_labels must be given"):
+        model.loss_function(**given, labels=None)
+
+    def twice(logits, labels, vocab_size, **kwargs):
+        seen.append(sorted(kwargs))
+        return 2 * transformers.loss.loss_utils.ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
+
+    losses, seen = [model(IDS, labels=IDS).loss.item()], []
+    for each in (model, theirs):
+        each.loss_function = twice
+        losses.append(each(IDS, labels=IDS).loss.item())
+        each(IDS, labels=IDS, num_items_in_batch=2)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) == pytest.approx(2 * losses[0], rel=1e-5)
+    assert seen == 2 * [[], ["num_items_in_batch"]]
+    cut = model(IDS, labels=IDS, logits_to_keep=2).loss.item()
+    del model.loss_function
+    assert cut == pytest.approx(2 * model(IDS, labels=IDS, logits_to_keep=2).loss.item(), rel=1e-5)
+
+
+def test_a_seed_is_set_everywhere():
+    drawn = []
+    for each in (llama, transformers):
+        each.set_seed(7)
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    with pytest.raises(ValueError, match="Seed must be between 0 and"):
+        llama.set_seed(-1)
 
 
 # --- Python's and PyTorch's own ---

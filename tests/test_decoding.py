@@ -9,6 +9,7 @@ import contextlib
 import gc
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -393,18 +394,33 @@ def test_a_recorded_step_serves_every_text(fields, seed, B, draws, data):
     """One recording, played for two prompts of other lengths, paddings and ends: no Python runs in between."""
     made = both_models(fields | {"hidden_act": "silu"}, seed)[0].to(DEVICE).double()
     how = {"do_sample": True, "top_k": 4, "top_p": 0.9} if draws else {}
+    padded = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "recorded", taped)
         for T in (3, 7):
             ids = torch.randint(0, fields["vocab_size"], (B, T)).to(DEVICE)
             mask = left_padding(ids, *data.draw(st.lists(st.integers(0, T - 1), min_size=B, max_size=B)))
+            padded.add(not mask.all())
             end = data.draw(st.integers(0, fields["vocab_size"] - 1))
             options = {"attention_mask": mask, "eos_token_id": end, "max_new_tokens": 20} | how
             plain = written(made, ids, "plain", seed, **options)
             if draws:  # the tape's own first steps have drawn: only what comes after them is the same
                 recorded_text(made, ids, seed, **options)
             assert torch.equal(recorded_text(made, ids, seed, **options), plain)
-        assert len(decoding._decoders[made].replays) == 1
+        assert len(decoding._decoders[made].replays) == len(padded)
+
+
+@pytest.mark.usefixtures("little_room", "tape")
+def test_padding_has_a_recording_of_its_own_and_texts_without_it_no_mask():
+    made, ids = model(num_hidden_layers=1), tokens(2, 6)
+    for lengths in ((0, 0), (0, 4), (0, 0), (3, 1)):
+        options = {"attention_mask": left_padding(ids, *lengths), "max_new_tokens": 8}
+        plain = written(made, ids, "plain", **options)
+        with mock.patch.object(ops, "decode_attention", wraps=ops.decode_attention) as attend:
+            assert torch.equal(written(made, ids, "static", **options), plain)
+        assert {call.args[4] is None for call in attend.call_args_list} == {not any(lengths)}
+        assert torch.equal(recorded_text(made, ids, **options), plain)
+    assert len(decoding._decoders[made].replays) == 2
 
 
 @pytest.mark.usefixtures("little_room", "tape")
@@ -446,6 +462,18 @@ def test_a_step_knows_shapes_and_nothing_else(options, B, backend):
     made_here = {x.device.type for _, _, _, out, _ in tape.notes for x in tensors_in(out)}
     assert made_here == {"meta"}
     assert any("llama_triton" in str(op) for op, *_ in tape.notes) == (backend == "triton")
+
+
+def test_no_layer_copies_what_all_layers_share():
+    copies = []
+    for layers in (1, 4):
+        made = model(num_hidden_layers=layers)
+        made.set_backend("triton")
+        now, decoder = decoder_of(made.to("meta"), B=3)
+        with Tape() as tape:
+            decoder.replay(now, lambda logits: logits.argmax(-1), record=False)()
+        copies.append(sum(op._schema.name == "aten::clone" for op, *_ in tape.notes))
+    assert copies[0] == copies[1]
 
 
 def test_the_state_stays_where_it_is():
@@ -558,7 +586,7 @@ def test_a_graph_writes_what_the_plain_loop_writes(B):
     for options in ({}, {"attention_mask": left_padding(ids, *range(B)), "eos_token_id": 9}):
         plain, graph = (written(made, ids, how, max_new_tokens=256, **options) for how in ("plain", "graph"))
         assert torch.equal(plain, graph)
-    assert len(decoding._decoders[made].replays) == 1
+    assert len(decoding._decoders[made].replays) == (1 if B == 1 else 2)  # left_padding(ids, 0) is none
 
 
 @pytest.mark.needs_gpu

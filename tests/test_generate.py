@@ -257,7 +257,7 @@ def test_a_prompt_may_be_read_in_chunks(options, chunk):
 def test_a_chunk_is_the_most_that_is_read_at_once(chunk, calls):
     model, _ = twins(FIELDS, 1)
     read = []
-    model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     model.generate(PROMPT, max_new_tokens=4, eos_token_id=-1, prefill_chunk_size=chunk)
     assert read == [*calls, 1, 1, 1]
     read.clear()
@@ -875,7 +875,7 @@ def test_writing_goes_on_from_a_cache(kind, options):
     model(PROMPT[:, :3], past_key_values=cache, use_cache=True)
     handed = tuple_of(cache) if kind == "tuple" else cache
     read = []
-    hook = model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     torch.manual_seed(0)
     out = model.generate(PROMPT, past_key_values=handed, max_new_tokens=7, eos_token_id=-1, **options)
     hook.remove()
@@ -902,7 +902,7 @@ def test_a_chat_keeps_its_cache_from_turn_to_turn(options):
     model = toys(4)[0]
     text, cache, read = PROMPT, None, []
     for turn in range(4):
-        hook = model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+        hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
         kept = None if "cache_implementation" in options else cache
         out = model.generate(text, past_key_values=kept, max_new_tokens=6, return_dict_in_generate=True, **options)
         hook.remove()
@@ -977,7 +977,7 @@ def test_dropout_acts_in_training_alone():
 def test_every_token_costs_one_call_of_one_token(options, calls):
     model, _ = twins(FIELDS, 1)
     read, scored = [], []
-    model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     model.lm_head.register_forward_hook(lambda _, args, out: scored.append(out.shape[1]))
     model.generate(PROMPT, max_new_tokens=15, eos_token_id=-1, **options)
     assert read == [5] + [1] * (calls - 1)
@@ -1301,3 +1301,83 @@ def test_steps_give_the_tokens_of_generate_as_they_come():
         )
     with pytest.raises(ValueError, match="num_beams=1"):
         next(model.steps(PROMPT, num_beams=2))
+
+
+# -- as others call it ------------------------------------------------------------------------------------------------
+
+
+def with_own_inputs(cls):
+    """A subclass that reads every token at place 0, and can turn its scores over."""
+
+    class Own(cls):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, turns=None, **kwargs):
+            out = super().forward(input_ids, attention_mask, position_ids, **kwargs)
+            if turns is not None:
+                out.logits = out.logits * turns[:, None, None]
+            return out
+
+        def prepare_inputs_for_generation(
+            self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+        ):
+            made = super().prepare_inputs_for_generation(
+                input_ids, past_key_values=past_key_values, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+                **kwargs,
+            )  # fmt: skip
+            new = made["inputs_embeds"] if made.get("input_ids") is None else made["input_ids"]
+            assert made["position_ids"].shape == new.shape[:2]
+            made["position_ids"] = torch.zeros(new.shape[:2], dtype=torch.long)
+            return made
+
+    return Own
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(num_beams=3), dict(use_cache=False), dict(attention_mask=MASK), dict(inputs_embeds=True),
+     dict(turns=torch.tensor([-1.0, 1])), dict(turns=torch.tensor([-1.0, 1]), num_beams=2),
+     dict(prompt_lookup_num_tokens=2), dict(do_sample=True), dict(return_dict_in_generate=True, output_logits=True)],
+)  # fmt: skip
+def test_a_subclass_may_prepare_the_inputs_of_every_step(options):
+    plain = toys(3)
+    pair = []
+    for model in plain:
+        own = with_own_inputs(type(model))(model.config).eval()
+        own.load_state_dict(model.state_dict())
+        pair.append(own)
+    prompts = PADDED if "attention_mask" in options else PROMPT if "prompt_lookup_num_tokens" in options else PROMPTS
+    options = dict(max_new_tokens=6, eos_token_id=-1, pad_token_id=0) | options
+    if "inputs_embeds" in options:
+        options["inputs_embeds"] = plain[0].get_input_embeddings()(prompts).detach()
+    else:
+        options["input_ids"] = prompts
+    agree(pair, **options)
+
+
+def test_a_subclass_that_prepares_inputs_reads_prompts_in_chunks_too_and_is_not_recorded():
+    model = with_own_inputs(LlamaForCausalLM)(LlamaConfig(**FIELDS)).eval()
+    options = dict(max_new_tokens=4, eos_token_id=-1)
+    same(model.generate(PROMPTS, prefill_chunk_size=2, **options), model.generate(PROMPTS, **options))
+    embeds = model.get_input_embeddings()(PROMPTS).detach()
+    same(model.generate(inputs_embeds=embeds, prefill_chunk_size=2, **options),
+         model.generate(inputs_embeds=embeds, **options))  # fmt: skip
+    with pytest.raises(ValueError, match="plain LlamaForCausalLM"):
+        model.generate(PROMPTS, decoding="static", **options)
+    with pytest.raises(ValueError, match="turn"):
+        model.generate(PROMPTS, turn=torch.ones(2), **options)
+
+
+def test_labels_of_a_batch_are_passed_over():
+    agree(toys(1), PROMPTS, labels=PROMPTS, attention_mask=torch.ones_like(PROMPTS), max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "said", [dict(max_new_tokens=3), dict(max_new_tokens=5, num_beams=2, num_return_sequences=2),
+             dict(do_sample=True, temperature=0.7, top_k=5, max_length=9)],
+)  # fmt: skip
+def test_transformers_generation_config_serves(said):
+    agree(toys(1), PROMPTS, generation_config=transformers.GenerationConfig(**said))
+
+
+def test_something_else_than_a_generation_config_is_named():
+    with pytest.raises(ValueError, match="generation_config must be a GenerationConfig, got dict"):
+        toys(1)[0].generate(PROMPT, generation_config={"max_new_tokens": 3})

@@ -230,7 +230,7 @@ def test_drafts_do_not_pass_the_last_place(new):
     model = toys(1)[0]
     helper = assistants(0.0, num_assistant_tokens=4, assistant_confidence_threshold=0.0)[0]
     read = []
-    hook = model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     room = StaticCache(model.config, 7 + new - 1)  # the last token is never read
     out = model.generate(PROMPT, assistant_model=helper, max_new_tokens=new, eos_token_id=-1, past_key_values=room)
     hook.remove()
@@ -242,7 +242,7 @@ def test_drafts_do_not_pass_the_last_place(new):
 def test_a_good_draft_saves_calls_and_schedules_learn_from_it():
     model, _ = twins(FIELDS, 1)
     calls = []
-    model.model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     for schedule, expected in (("constant", [9, 3, 3, 3, 3, 3, 3]), ("heuristic", [9, 5, 7, 6])):
         helper, _ = twins(FIELDS, 1)
         helper.generation_config.num_assistant_tokens = 2
@@ -269,7 +269,7 @@ def test_the_assistant_reads_every_token_once():
     helper.generation_config.num_assistant_tokens = 3
     helper.generation_config.assistant_confidence_threshold = 0.0
     read = []
-    helper.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    helper.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     model.generate(PROMPT, assistant_model=helper, max_new_tokens=12, eos_token_id=-1)
     assert read == [7, 1, 1, 2, 1, 1, 2, 1, 1]
 
@@ -279,7 +279,7 @@ def test_an_assistant_drafts_nothing_behind_an_end_token():
     helper.generation_config.num_assistant_tokens = 6
     helper.generation_config.assistant_confidence_threshold = 0.0
     read = []
-    helper.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    helper.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     out = model.generate(PROMPT, assistant_model=helper, eos_token_id=25, **saying([7, 8, 25, 9, 9, 9, 9, 9], PROMPT))
     assert out[0, 7:].tolist() == [7, 8, 25]
     assert read == [7, 1, 1]
@@ -290,7 +290,7 @@ def test_an_assistant_sees_no_padding():
     model = toys(1)[0]
     helper = assistants(0.0, num_assistant_tokens=3, assistant_confidence_threshold=0.0)[0]
     read = []
-    hook = model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     padded = torch.cat([torch.tensor([[21, 22, 23, 24]]), PROMPT], 1)
     mask = (torch.arange(11) >= 4).long()[None]
     model.generate(padded, attention_mask=mask, assistant_model=helper, max_new_tokens=12, eos_token_id=-1)
@@ -301,7 +301,7 @@ def test_an_assistant_sees_no_padding():
 def test_an_unsure_assistant_stops_early():
     model, helper = toys(1)[0], assistants(0.0, num_assistant_tokens=5, assistant_confidence_threshold=1.0)[0]
     read = []
-    hook = model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     model.generate(PROMPT, assistant_model=helper, max_new_tokens=6, eos_token_id=-1)
     hook.remove()
     assert read == [8, 2, 2]

@@ -1,5 +1,6 @@
 """Our models as transformers' `PreTrainedModel`: its machinery around our forward pass."""
 
+import inspect
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import torch
 import transformers
 from checkpoint_files import FIELDS
 from oracle import miss, transformers_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+import llama
 from llama import hf, modeling
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -47,9 +50,39 @@ def test_every_class_is_transformers_own_with_our_forward_pass(tmp_path, name):
 def test_transformers_generates_with_it(folder):
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
     ours = hf.LlamaForCausalLM.from_pretrained(folder)
-    for options in ({"num_beams": 3}, {"num_beams": 1}, {"cache_implementation": "dynamic"}):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for options in (
+        {"num_beams": 3}, {"num_beams": 1}, {"cache_implementation": "dynamic"}, {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 3}, {"cache_implementation": "static", "attention_mask": mask},
+    ):  # fmt: skip
         options |= {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
         assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("cache", [lambda config: llama.DynamicCache(), lambda config: llama.StaticCache(config, 20)])
+def test_our_caches_go_through_transformers_generate(folder, cache):
+    ours = hf.LlamaForCausalLM.from_pretrained(folder)
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    text = ours.generate(IDS, past_key_values=cache(ours.config), **options)
+    assert torch.equal(text, ours.generate(IDS, **options))
+
+
+def test_results_are_transformers_records(folder):
+    """Its pipelines ask for the class, and give anything else on as a plain dictionary."""
+    words = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(12)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    features = [
+        transformers.pipeline("feature-extraction", model=each.from_pretrained(folder), tokenizer=tokenizer)("b f h c")
+        for each in (hf.LlamaModel, transformers.LlamaModel)
+    ]
+    assert miss(*features) < 1e-5
+    for name in CLASSES:
+        theirs, _ = transformers_model(FIELDS, 1, getattr(transformers, name))
+        ours = getattr(hf, name)(theirs.config)
+        assert type(ours(IDS)) is type(theirs(IDS))
+        assert type(ours(IDS, return_dict=False)) is tuple
+        assert inspect.signature(type(ours).forward) == inspect.signature(getattr(modeling, name).forward)
 
 
 def test_frequencies_stay_what_they_are_in_a_half_and_in_a_new_model(folder):

@@ -75,3 +75,21 @@ def test_names_are_found_and_typos_are_not():
     assert llama.__version__ == "0.1.0"
     with pytest.raises(AttributeError, match="module 'llama' has no attribute 'LlamaTokeniser'"):
         _ = llama.LlamaTokeniser
+    with pytest.raises(AttributeError, match=r"module 'llama\.generation' has no attribute 'LogitsProcesser'"):
+        _ = llama.generation.LogitsProcesser
+
+
+def test_what_generation_is_made_of_is_found_where_transformers_has_it():
+    import transformers
+
+    import llama.generation
+    from llama.generation import processors, stopping, streamers
+
+    for module in (processors, stopping, streamers):
+        for name, found in vars(module).items():
+            if getattr(found, "__module__", None) == module.__name__ and hasattr(transformers.generation, name):
+                assert getattr(llama, name) is getattr(llama.generation, name) is found
+                assert {name} <= set(llama.__all__) & set(llama.generation.__all__) & set(dir(llama.generation))
+    assert llama.GenerationMixin is llama.generation.GenerationMixin
+    assert llama.PreTrainedTokenizerFast is llama.LlamaTokenizerFast
+    assert "torch" not in imported_modules("import llama; llama.GenerationConfig")

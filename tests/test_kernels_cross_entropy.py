@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -14,6 +14,7 @@ from numerics import (
     around_powers_of_two,
     assert_no_worse,
     exact,
+    examples,
     guard_memory,
     integers,
     laid_out,
@@ -62,7 +63,7 @@ def judged(draw, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.data(), layouts, layouts, reductions)
-@settings(max_examples=80)
+@examples(80)
 def test_cross_entropy_is_as_close_to_the_reference_as_float32_pytorch(dtype, data, layout, label_layout, reduction):
     logits, labels, ignore_index = data.draw(judged(dtype))
     if data.draw(st.booleans()):
@@ -78,7 +79,7 @@ def test_cross_entropy_is_as_close_to_the_reference_as_float32_pytorch(dtype, da
     st.integers(0, 40), st.integers(1, 40), around_powers_of_two(90), st.sampled_from([1, 100, 1000, 2**27]),
     st.lists(layouts, min_size=3, max_size=3), reductions, SEEDS,
 )  # fmt: skip
-@settings(max_examples=80)
+@examples(80)
 def test_linear_cross_entropy_is_as_close_to_the_reference_as_pytorch(
     dtype, count, width, V, at_once, layout, reduction, seed
 ):
@@ -103,7 +104,7 @@ def test_linear_cross_entropy_is_as_close_to_the_reference_as_pytorch(
 
 
 @given(st.integers(1, 30), around_powers_of_two(64), st.integers(1, 2000), SEEDS)
-@settings(max_examples=40)
+@examples(40)
 def test_pieces_equal_the_whole(count, V, at_once, seed):
     """Small integers, whose products are exact in any order: then the pieces give the same bits."""
     rng = np.random.default_rng(seed)
@@ -133,7 +134,7 @@ def test_only_a_piece_of_the_logits_exists_at_a_time():
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), around_powers_of_two(70), SEEDS,
        st.sampled_from(LAYOUTS[1:]), st.sampled_from(LAYOUTS[1:]))  # fmt: skip
-@settings(max_examples=40)
+@examples(40)
 def test_layout_changes_no_bit(shape, V, seed, layout, label_layout):
     rng = np.random.default_rng(seed)
     logits, labels = normal(rng, (*shape, V), torch.float32), integers(rng.integers(0, V, shape))

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -14,6 +14,7 @@ from numerics import (
     LAYOUTS,
     assert_no_worse,
     exact,
+    examples,
     guard_memory,
     integers,
     laid_out,
@@ -159,9 +160,32 @@ def spoiled(k, v, args, T, value):
     return k, v
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter says what is read")
+@pytest.mark.parametrize("hole", [None, 3, 60])
+def test_a_block_of_queries_reads_no_mask_beyond_the_last_key_that_it_sees(hole, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    S, seen, load = 64, [], InterpreterBuilder.create_masked_load
+    q, k = (normal(np.random.default_rng(0), (1, 1, n, 16), torch.float32) for n in (16, S))
+    mask = torch.ones(1, S, dtype=torch.uint8)
+    if hole is not None:
+        mask[0, hole] = 0
+    start = mask.data_ptr()
+
+    def watched(self, pointers, wanted, *rest):
+        read = pointers.data[wanted.data].astype(np.int64) - start
+        seen.extend(read[(read >= 0) & (read < S)])
+        return load(self, pointers, wanted, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    out = flash_attention(q, k, k, offset=10, mask=mask)
+    assert set(seen) == set(range(26))
+    assert_right(out, None, q, k, k, {"offset": 10, "mask": exact(mask)})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.data())
-@settings(max_examples=90)
+@examples(90)
 def test_flash_attention_is_as_close_to_the_reference_as_eager_attention(dtype, data):
     q, k, v = data.draw(attentions(dtype))
     args = data.draw(sights(q, k))
@@ -199,7 +223,7 @@ def test_large_heads(dtype, head_dim):
 
 
 @given(attentions(rows=(1, 2)), st.data(), st.lists(st.sampled_from(LAYOUTS[1:]), min_size=3, max_size=3))
-@settings(max_examples=25)
+@examples(25)
 def test_layout_changes_no_bit(drawn, data, layout):
     args = for_kernel(data.draw(sights(*drawn[:2])))
     whole, lse = flash_attention(*drawn, **args, return_lse=True)
@@ -221,7 +245,7 @@ def test_views_of_a_projection_and_expanded_rows():
 
 
 @given(attentions(rows=(2, 3)), st.data())
-@settings(max_examples=25)
+@examples(25)
 def test_a_rows_bits_do_not_depend_on_its_batch(drawn, data):
     args = data.draw(sights(*drawn[:2]))
     args = {name: np.asarray(x) if isinstance(x, list) else x for name, x in args.items()}
@@ -241,7 +265,7 @@ def assert_equal_but_for_rounding(a, b, v):
 
 
 @given(st.sampled_from(DTYPES), st.lists(st.integers(1, 50), min_size=1, max_size=3), st.booleans(), SEEDS)
-@settings(max_examples=25)
+@examples(25)
 def test_padding_on_either_side_changes_nothing(dtype, real, left, seed):
     rng, T = np.random.default_rng(seed), max(real) + 3
     q, k, v = normal(rng, (len(real), 2, T, 8), dtype), *(normal(rng, (len(real), 1, T, 8), dtype) for _ in range(2))
@@ -262,7 +286,7 @@ def test_padding_on_either_side_changes_nothing(dtype, real, left, seed):
 
 
 @given(st.sampled_from(DTYPES), st.integers(1, 60), st.integers(0, 40), st.data(), SEEDS)
-@settings(max_examples=25)
+@examples(25)
 def test_chunks_of_a_prompt_equal_the_whole(dtype, T, room, data, seed):
     """Each chunk reads a cache with room to spare, in which the places to come hold garbage."""
     rng = np.random.default_rng(seed)
@@ -277,7 +301,7 @@ def test_chunks_of_a_prompt_equal_the_whole(dtype, T, room, data, seed):
 
 
 @given(attentions(rows=(1, 2)), st.booleans(), st.data())
-@settings(max_examples=30)
+@examples(30)
 def test_outputs_over_two_halves_of_the_keys_combine_to_the_whole(drawn, causal, data):
     """o = w o₁ + (1 - w) o₂, w = exp(lse₁ - lse): what rings of GPUs and split caches do."""
     q, k, v = drawn
@@ -297,7 +321,7 @@ def test_outputs_over_two_halves_of_the_keys_combine_to_the_whole(drawn, causal,
 
 
 @given(st.integers(1, 60).flatmap(lambda T: st.tuples(st.just(T), borders(T))), st.integers(0, 2), SEEDS)
-@settings(max_examples=15)
+@examples(15)
 def test_packed_texts_equal_each_text_alone(packed, spoil, seed):
     """And a text that is garbage spoils no block of queries in which it has no token."""
     T, cu_seqlens = packed
@@ -316,7 +340,7 @@ def test_packed_texts_equal_each_text_alone(packed, spoil, seed):
     assert same_bits(spoiled_out[:, :, far], out[:, :, far])
 
 
-def with_descriptors(family, head_dim, dtype, tokens, tma):
+def with_descriptors(family, head_dim, dtype, tokens, tma, both):
     return tiles.Attention(16, 16, 4, 1, tma)
 
 
@@ -331,7 +355,7 @@ def spied(made):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.data())
-@settings(max_examples=35)
+@examples(35)
 def test_keys_by_descriptors_give_the_bits_of_keys_by_addresses(dtype, data):
     """As on Hopper; garbage where no query looks comes along with every block and must not spread."""
     q, k, v = data.draw(attentions(dtype, rows=(1, 2)))

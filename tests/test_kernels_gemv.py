@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -17,6 +18,7 @@ from numerics import (
     around_powers_of_two,
     assert_no_worse,
     exact,
+    examples,
     guard_memory,
     laid_out,
     layouts,
@@ -43,7 +45,7 @@ def float32_terms(x, *weights):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(ROWS, WIDTHS, st.lists(st.integers(1, 20), min_size=1, max_size=3), layouts, layouts, SEEDS)
-@settings(max_examples=30)
+@examples(30)
 def test_gemv_is_as_close_to_the_reference_as_eager_pytorch(dtype, rows, width, outs, layout, weight_layout, seed):
     rng = np.random.default_rng(seed)
     x = laid_out(normal(rng, (rows, width), dtype), layout)
@@ -57,7 +59,7 @@ def test_gemv_is_as_close_to_the_reference_as_eager_pytorch(dtype, rows, width, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(ROWS, WIDTHS, st.integers(1, 20), st.sampled_from([0.1, 1.0, 10.0]), layouts, layouts, SEEDS)
-@settings(max_examples=30)
+@examples(30)
 def test_a_gate_is_what_its_parts_are(dtype, rows, width, out, scale, layout, up_layout, seed):
     """Both products are rounded before they meet, as they are between kernels."""
     rng = np.random.default_rng(seed)
@@ -75,7 +77,7 @@ def test_a_gate_is_what_its_parts_are(dtype, rows, width, out, scale, layout, up
 
 
 @given(ROWS, WIDTHS, st.sampled_from(LAYOUTS[1:]), SEEDS)
-@settings(max_examples=20)
+@examples(20)
 def test_layout_changes_no_bit(rows, width, layout, seed):
     rng = np.random.default_rng(seed)
     x, a, b = (normal(rng, (n, width), torch.float32) for n in (rows, 9, 9))
@@ -85,7 +87,7 @@ def test_layout_changes_no_bit(rows, width, layout, seed):
 
 
 @given(ROWS, WIDTHS, st.lists(st.tuples(st.integers(0, 20), layouts), min_size=2, max_size=3), SEEDS)
-@settings(max_examples=20)
+@examples(20)
 def test_weights_side_by_side_are_read_as_each_alone(rows, width, outs, seed):
     """Whatever the layout of each."""
     rng = np.random.default_rng(seed)
@@ -128,32 +130,36 @@ def test_a_dtype_that_does_not_fit_is_named():
 
 
 @given(ROWS, st.integers(1, 1100), SEEDS)
-@settings(max_examples=5)
+@examples(5)
 def test_what_is_loaded_before_the_wait_is_counted_once(rows, width, seed):
     """The path of programmatic dependent launch, in the interpreter, where there is nothing to wait for."""
     rng = np.random.default_rng(seed)
     x, a, b = (normal(rng, (n, width), torch.float32) for n in (rows, 5, 5))
-    asked = module._gemv.launch(x, a, b, None, True), module._gemv_swiglu.launch(x, a, b, True)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_TRITON_PDL", "1")
+        waits = mock.Mock()
         if DEVICE.type == "cpu":
             patch.setattr(module.launch, "family", lambda device: "sm_90")
-            for name in ("gdc_wait", "gdc_launch_dependents"):
-                patch.setattr(module.tl.extra.cuda, name, lambda: None)
-            asked = module._gemv.launch(x, a, b, None, True), module._gemv_swiglu.launch(x, a, b, True)
+            patch.setattr(module.tl.extra.cuda, "gdc_wait", waits)
+            patch.setattr(module.tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+        weights = [x[:, None], [a, b], [None, None], "triton"], [x[:, None], a, None, b, None, "triton"]
+        asked = torch.cat(ops.gemv(*weights[0]), -1)[:, 0], ops.gemv_swiglu(*weights[1])[:, 0]
+        assert waits.called == (DEVICE.type == "cpu")
     for ours, plain in zip(asked, (gemv(x, a, b), gemv_swiglu(x, a, b)), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 PTX = """
-import torch
+import os, torch
 from llama import static
 from llama.kernels import gemv
 x, w = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (1, 64))
 for target in ("sm_90", "sm_80"):
     built = []
     with static.pretending(static.TARGETS[target], built):
-        gemv._gemv.launch(x, w, None, None, False)
-        gemv._gemv.launch(x, w, None, None, True)
+        for asked in "01":
+            os.environ["LLAMA_TRITON_PDL"] = asked
+            gemv._gemv.launch(x, w)
     for compiled, *_ in built:
         words = ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "ld.global", "cp.async")
         at = [compiled.asm["ptx"].find(word) for word in words]
@@ -170,7 +176,7 @@ turned, far = w.new_empty(4096, 1).T, w.new_empty_strided((64, 4096), (2**31, 1)
 for weights in ((w, turned, far), (turned, far, w), (far, w, turned)):
     built = []
     with static.pretending(static.TARGETS["sm_90"], built):
-        gemv._gemv.launch(x, *weights, False)
+        gemv._gemv.launch(x, *weights)
     print(len(built))
 """
 

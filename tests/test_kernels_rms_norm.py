@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -12,6 +12,7 @@ from numerics import (
     around_powers_of_two,
     assert_no_worse,
     exact,
+    examples,
     guard_memory,
     laid_out,
     layouts,
@@ -48,7 +49,7 @@ def rows(draw):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows(), epsilons, st.sampled_from([None, *DTYPES]), layouts, layouts)
-@settings(max_examples=80)
+@examples(80)
 def test_rms_norm_is_as_close_to_the_reference_as_transformers(dtype, drawn, eps, weight_dtype, layout, weight_layout):
     x, weight = laid_out(drawn[0].to(dtype).to(DEVICE), layout), drawn[2].to(weight_dtype or dtype).to(DEVICE)
     y = rms_norm(x, laid_out(weight, weight_layout), eps)
@@ -61,7 +62,7 @@ def test_rms_norm_is_as_close_to_the_reference_as_transformers(dtype, drawn, eps
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows(), epsilons, st.sampled_from([None, *DTYPES]), st.sampled_from([None, *DTYPES]), layouts, layouts)
-@settings(max_examples=80)
+@examples(80)
 def test_add_rms_norm_adds_as_pytorch_and_then_is_rms_norm(
     dtype, drawn, eps, residual_dtype, weight_dtype, layout, residual_layout
 ):
@@ -97,7 +98,7 @@ def test_rounding_follows_transformers(dtype, weight_dtype):
 
 
 @given(rows(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS[1:]), st.sampled_from(LAYOUTS[1:]))
-@settings(max_examples=60)
+@examples(60)
 def test_layout_changes_no_bit(drawn, dtype, layout, other):
     x, residual, weight = (t.to(dtype).to(DEVICE) for t in drawn)
     normed, added = add_rms_norm(x, residual, weight, 1e-5)
@@ -120,7 +121,7 @@ def test_permuted_and_expanded_rows(width):
 
 
 @given(st.integers(2, 12), around_powers_of_two(70), st.data())
-@settings(max_examples=30)
+@examples(30)
 def test_a_rows_bits_do_not_depend_on_its_batch(count, width, data):
     x = normal(np.random.default_rng(width), (count, width), torch.bfloat16)
     weight = torch.ones(width, device=DEVICE, dtype=torch.bfloat16)

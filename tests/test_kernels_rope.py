@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -11,6 +11,7 @@ from numerics import (
     LAYOUTS,
     assert_no_worse,
     exact,
+    examples,
     guard_memory,
     integers,
     laid_out,
@@ -51,7 +52,7 @@ def spread(draw, tensors):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.data())
-@settings(max_examples=80)
+@examples(80)
 def test_apply_rope_is_as_close_to_the_reference_as_transformers(dtype, data):
     q, k, cos, sin = spread(data.draw, data.draw(turns(dtype)))
     ours = apply_rope(q, k, cos, sin)
@@ -80,7 +81,7 @@ def test_tables_of_the_reference_at_far_and_unordered_positions(dtype):
 
 
 @given(turns(), st.lists(st.sampled_from(LAYOUTS[1:]), min_size=4, max_size=4))
-@settings(max_examples=60)
+@examples(60)
 def test_layout_changes_no_bit(drawn, layout):
     expected = apply_rope(*drawn)
     for ours, theirs in zip(apply_rope(*map(laid_out, drawn, layout)), expected, strict=True):
@@ -88,7 +89,7 @@ def test_layout_changes_no_bit(drawn, layout):
 
 
 @given(turns(), layouts, layouts)
-@settings(max_examples=60)
+@examples(60)
 def test_in_place_gives_the_same_bits_in_the_tensors_themselves_and_nowhere_else(drawn, q_layout, k_layout):
     q, k, cos, sin = drawn
     expected = apply_rope(q, k, cos, sin)
@@ -130,7 +131,7 @@ def writes(draw):
 
 
 @given(writes(), st.lists(layouts, min_size=5, max_size=5))
-@settings(max_examples=120)
+@examples(120)
 def test_to_cache_writes_the_places_inside_and_nothing_else(drawn, layout):
     q, k, v, cos, sin, slabs, positions = drawn
     expected_q, turned_k = apply_rope(q, k, cos, sin)
@@ -157,7 +158,7 @@ def test_to_cache_writes_the_places_inside_and_nothing_else(drawn, layout):
 
 
 @given(writes())
-@settings(max_examples=40)
+@examples(40)
 def test_to_cache_does_what_the_reference_does(drawn):
     q, k, v, cos, sin, (k_cache, v_cache), positions = drawn
     k_cache, v_cache = k_cache[1:, :-1], v_cache[1:, :-1]
@@ -194,7 +195,7 @@ def test_many_heads(heads, kv_heads, head_dim):
 
 
 @given(turns(), st.data())
-@settings(max_examples=30)
+@examples(30)
 def test_a_rows_bits_do_not_depend_on_its_batch(drawn, data):
     q, k, cos, sin = drawn
     if len(q) == 0:

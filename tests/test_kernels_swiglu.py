@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -12,6 +12,7 @@ from numerics import (
     around_powers_of_two,
     assert_no_worse,
     exact,
+    examples,
     guard_memory,
     laid_out,
     layouts,
@@ -36,7 +37,7 @@ def plain_swiglu(gate, up):
     leading_axes, around_powers_of_two(300), st.sampled_from([1e-3, 1.0, 1e2]), st.sampled_from([None, *DTYPES]),
     layouts, layouts, SEEDS,
 )  # fmt: skip
-@settings(max_examples=90)
+@examples(90)
 def test_swiglu_is_as_close_to_the_reference_as_eager_pytorch(
     dtype, leading, width, scale, up_dtype, layout, up_layout, seed
 ):
@@ -56,7 +57,7 @@ def test_gates_far_from_zero_overflow_nothing(dtype):
 
 
 @given(leading_axes, around_powers_of_two(80), st.sampled_from(LAYOUTS[1:]), st.sampled_from(LAYOUTS[1:]), SEEDS)
-@settings(max_examples=50)
+@examples(50)
 def test_layout_changes_no_bit(leading, width, layout, up_layout, seed):
     rng = np.random.default_rng(seed)
     gate, up = normal(rng, (*leading, width), torch.float32), normal(rng, (*leading, width), torch.float32)

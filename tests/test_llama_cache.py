@@ -209,6 +209,48 @@ def test_transformers_static_cache_serves_or_is_refused(small, ids):
         assert near(torch.cat(parts, 1), read(small, ids).logits)
 
 
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("cut", [slice(0, 5), slice(-5, None), slice(None)])
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_put_into_a_cache_is_read(small, ids, old, cut, static):
+    """As those do who drop keys, or put others in front; in 4.x's way (`old`) or 5.x's."""
+    ours, theirs = both_models(SMALL, 0)
+    cache = StaticCache(ours.config, 20) if static else DynamicCache()
+    expected = transformers.DynamicCache()
+    for model, held in ((ours, cache), (theirs, expected)):
+        for chunk in (ids[:, :3], ids[:, 3:4], ids[:, 4:7]):  # leaves room behind
+            read(model, chunk, held)
+        in_front = None
+        for index, layer in enumerate(held.layers):
+            lists = held if old and held is cache else None
+            for kind in ("keys", "values"):
+                now = getattr(lists, f"{kind[:-1]}_cache")[index] if lists else getattr(layer, kind)
+                in_front = now[:, :, :1] * 0.5
+                new = torch.cat([in_front, now[:, :, cut]], dim=2)
+                if lists:
+                    getattr(lists, f"{kind[:-1]}_cache")[index] = new
+                else:
+                    setattr(layer, kind, new)
+    assert cache.get_seq_length() == expected.get_seq_length()
+    before = [(keys.clone(), values.clone()) for keys, values in cache]
+    handed = list(cache)
+    for chunk in (ids[:, 7:], ids[:, :2]):
+        mine, their = (read(m, chunk, held).logits for m, held in ((ours, cache), (theirs, expected)))
+        assert near(mine, their, 1e-4)
+    for pair, kept in zip(handed, before, strict=True):
+        assert all(torch.equal(mine, one) for mine, one in zip(pair, kept, strict=True))
+
+
+def test_the_lists_of_an_old_cache_take_tensors_and_no_more(small, ids):
+    cache = filled(small, ids)
+    keys = cache.key_cache
+    keys[1] = keys[1] * 2
+    assert torch.equal(keys[1], cache.layers[1].keys)
+    assert torch.equal(cache.key_cache[1], keys[1])
+    with pytest.raises(TypeError, match="update"):
+        cache.value_cache.append(keys[1])
+
+
 def test_our_pairs_serve_transformers(ids):
     ours, theirs = both_models(SMALL, 0)
     cache = transformers.DynamicCache(filled(ours, ids[:, :5]).to_legacy_cache())

@@ -479,3 +479,18 @@ def test_what_cannot_work_names_its_field(fields, message):
 def test_the_model_type_may_be_said():
     assert LlamaConfig(model_type="llama") == LlamaConfig(model_type=None) == LlamaConfig()
     assert "model_type" not in vars(LlamaConfig(model_type="llama"))
+
+
+def test_a_class_of_ones_own_may_have_its_own_type_and_architecture():
+    class Mine(LlamaConfig):
+        model_type = "mine"
+
+    for kind in ("mine", "llama", None):  # a Llama's file is read, and saved as one's own
+        assert Mine(model_type=kind).to_dict()["model_type"] == "mine"
+    with pytest.raises(ValueError, match="model_type is 'mistral'; only 'mine' models can be read"):
+        Mine(model_type="mistral")
+    with pytest.raises(ValueError, match="model_type is 'mine'; only 'llama' models can be read"):
+        LlamaConfig(model_type="mine")
+    assert LlamaConfig(model_type="llama", architectures=["Reward"]).architectures == ["Reward"]
+    with pytest.raises(ValueError, match=r"architectures are .*'Reward'.*; only Llama models can be read"):
+        LlamaConfig(architectures=["Reward"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oracle import as_float64, both_models, counted_positions, miss, transformers_model
 from strategies import SEEDS, batches, configs
 from threadpoolctl import threadpool_limits
+from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -24,6 +25,7 @@ from llama import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    modeling,
     ops,
     reference,
     row,
@@ -570,7 +572,35 @@ def test_packed_texts_equal_separate_rows(lengths, rows, seed, see, masked):
                 assert_near(out.logits[:, start : start + text.shape[1]], expected, 2e-5)
                 start += text.shape[1]
         if len(lengths) > 1 and max(lengths) > 1 and not masked:
-            assert miss(ours(packed, None, positions).logits, out.logits) > 1e-4  # an explicit option, only
+            assert miss(ours(packed, None, positions).logits, out.logits) > 1e-4  # with a cache an explicit option
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "positions", [[[0, 1, 2, 0, 1, 0]], [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]], [[4, 5, 6, 7, 8, 9]], [[0] * 6]]
+)
+def test_positions_tell_texts_apart_where_they_do_in_transformers(trained, ids, positions, checkpointing, masked):
+    """As collators without padding pack them: with no cache and no mask."""
+    positions, theirs = torch.tensor(positions), both_models(SMALL, 0)[1].train()
+    said = {"labels": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids) if masked else None}
+    if checkpointing:
+        trained.gradient_checkpointing_enable()
+    else:
+        said["use_cache"] = False
+    loss = trained(ids, **said).loss
+    assert_near(loss, theirs(ids, **said | {"use_cache": False}).loss, 1e-5)
+    together = trained(ids, packed=True, **said).loss
+    assert torch.equal(loss, together) == (not masked or positions[0, 0] == 4)
+
+
+def test_packed_positions_compile_and_export(small, compiled, ids):
+    for positions in (torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.arange(6)[None]):
+        said = {"position_ids": positions, "use_cache": False}
+        expected = small(ids, position_ids=positions, packed=True).logits
+        assert_near(compiled(ids, **said).logits, expected, 1e-5)
+        exported = torch.export.export(small, (ids,), said, strict=False).module()
+        assert_near(exported(ids, **said).logits, expected, 1e-5)
 
 
 def test_packed_texts_and_a_mask_of_four_axes(small, ids):
@@ -712,6 +742,8 @@ def embeds(*shape):
          r"attention_mask must be \(2, 6\) or .*, 6, 6\).*0 tokens.*6 new.*\(2, 5\)"),
         (lambda m, x: m(x, torch.ones(2, 7)), "attention_mask must be"),
         (lambda m, x: m(x, torch.ones(1, 6)), "attention_mask must be"),
+        (lambda m, x: m(x.tolist()), "input_ids must be a tensor .* got list"),
+        (lambda m, x: m.model.layers[0](torch.zeros(2, 6, 16)), "position_embeddings must be"),
         (lambda m, x: m(x, torch.ones(6)), "attention_mask must be"),
         (lambda m, x: m(x, torch.ones(2, 6, 6)), "attention_mask must be"),
         (lambda m, x: m(x, torch.ones(3, 1, 6, 6)), "attention_mask must be"),
@@ -1153,6 +1185,113 @@ def test_minus_one_is_no_padding(ids):
     assert LlamaModel(LlamaConfig(**SMALL, pad_token_id=29)).embed_tokens.padding_idx == 29
 
 
+# -- as others know the modules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [modeling.LlamaModel, modeling.LlamaDecoderLayer, modeling.LlamaAttention, modeling.LlamaMLP, LlamaRMSNorm,
+     nn.Linear, nn.SiLU, nn.Embedding],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["decode", "train", "compile"])
+def test_a_forward_replaced_on_a_class_runs_wherever_the_class_does(trained, ids, monkeypatch, cls, mode):
+    own, calls = cls.forward, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", counted)
+    steps = 1
+    if mode == "decode":
+        steps = 4
+        trained.eval().generate(ids[:1], max_new_tokens=steps, eos_token_id=-1)
+    elif mode == "train":
+        trained(ids, labels=ids).loss.backward()
+    else:
+        torch._dynamo.reset()
+        torch.compile(trained.eval().requires_grad_(False), backend="eager", fullgraph=True)(ids)
+        torch._dynamo.reset()
+    assert len(calls) == steps * sum(type(module) is cls for module in trained.modules())
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_modules_are_called_as_transformers_calls_them(ids, use_cache):
+    pair, heard = both_models(SMALL, 0, attn_implementation="eager"), ([], [])
+    pair[1].set_attn_implementation("eager")
+    for model, calls in zip(pair, heard, strict=True):
+        for module in (*model.model.layers, *(layer.self_attn for layer in model.model.layers)):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, calls=calls: calls.append(
+                    (type(module).__name__, len(args), {name for name in kwargs if kwargs[name] is not None})
+                ),
+                with_kwargs=True,
+            )
+            module.register_forward_hook(lambda module, args, out, calls=calls: calls.append(out))
+        model(ids, use_cache=use_cache)
+    for mine, their in zip(*heard, strict=True):
+        if isinstance(mine[0], str):
+            assert mine[:2] == their[:2]
+            assert mine[2] == their[2] - {"attention_mask"}  # causal: ours makes none
+        elif isinstance(mine, tuple):  # attention: what comes out, and the weights
+            assert_near(mine[0], their[0])
+            assert_near(mine[1], their[1])
+        else:
+            assert_near(mine, their)
+
+
+def test_a_layer_is_caught_and_run_alone_as_quantisers_do(small, ids):
+    class Caught(Exception):
+        pass
+
+    class Catcher(nn.Module):
+        def forward(self, x, **kwargs):
+            caught.append((x, kwargs))
+            raise Caught
+
+    model, caught = copy.deepcopy(small), []
+    first = model.model.layers[0]
+    model.model.layers[0] = Catcher()
+    with pytest.raises(Caught):
+        model(ids)
+    (x, kwargs), expected = caught[0], small(ids, output_hidden_states=True).hidden_states
+    assert_near(first(x, **kwargs | {"past_key_values": None}), expected[1], 1e-6)
+    rotation = model.model.rotary_emb(x, torch.arange(6)[None])
+    more = {"position_ids": torch.arange(6)[None], "use_cache": False, "cache_position": None}
+    out = first(x, attention_mask=None, position_embeddings=rotation, output_attentions=True, **more)
+    assert_near(out, expected[1], 1e-6)
+
+
+def test_modules_have_the_attributes_of_transformers():
+    ours, theirs = both_models(SMALL, 0)
+    for path, names in {
+        "model.layers.1": ["hidden_size"],
+        "model.layers.1.self_attn": ["scaling", "num_key_value_groups", "is_causal", "head_dim", "layer_idx"],
+        "model.layers.1.mlp": ["hidden_size", "intermediate_size"],
+        "model.rotary_emb": ["rope_type", "max_seq_len_cached", "original_max_seq_len", "attention_scaling"],
+    }.items():
+        for name in names:
+            mine, their = (getattr(model.get_submodule(path), name) for model in (ours, theirs))
+            assert mine == their, name
+    assert_near(ours.model.rotary_emb.original_inv_freq, theirs.model.rotary_emb.original_inv_freq, 1e-6)
+    assert ours.model.layers[0].mlp.config is ours.config
+    attention = ours.model.layers[0].self_attn
+    for name, value in (("scaling", 2.0), ("is_causal", False)):  # would be obeyed there and not here
+        with pytest.raises(AttributeError, match=name):
+            setattr(attention, name, value)
+    attention.prune_heads({0, 2})
+    assert attention.num_key_value_groups == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_trace_is_the_model(ids):
+    model = both_models(SMALL | {"use_cache": False, "return_dict": False}, 0)[0]
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (ids,), check_trace=False)
+        assert_near(traced(ids)[0], model(ids)[0], 1e-6)
+
+
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
@@ -1242,14 +1381,18 @@ def test_angles_are_transformers_whatever_came_before(fields, length):
             np.testing.assert_allclose(mine, their, atol=5e-5)  # two float32 angles of up to 100 radians
 
 
-def test_threads_are_as_they_were_after_a_step_of_decoding(monkeypatch):
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_threads_are_as_they_were_after_a_step_of_decoding(monkeypatch, has_openmp):
     """A row goes through NumPy's BLAS, with PyTorch and it on one thread each meanwhile; that must not outlast it."""
+    libraries = ops._libraries
+    if not has_openmp:  # that anybody knew of
+        monkeypatch.setattr(ops, "_libraries", lambda api: libraries(api) if api == "blas" else [])
     model = LlamaForCausalLM(LlamaConfig(50, 192, 200, num_hidden_layers=1, num_attention_heads=4)).eval()
     during = []
     model.model.norm.register_forward_pre_hook(lambda *_: during.append(counts()))
 
     def counts():
-        return torch.get_num_threads(), [library.num_threads for library in ops._blas_libraries()]
+        return torch.get_num_threads(), [library.num_threads for library in ops._libraries("blas")]
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -1272,7 +1415,7 @@ def test_threads_of_two_who_decode_at_once_are_given_back():
     within, may_go = threading.Event(), threading.Event()
 
     def counts():
-        return torch.get_num_threads(), [library.num_threads for library in ops._blas_libraries()]
+        return torch.get_num_threads(), [library.num_threads for library in ops._libraries("blas")]
 
     def wait(*_):
         if threading.current_thread() is not threading.main_thread():
@@ -1300,6 +1443,42 @@ def test_threads_of_two_who_decode_at_once_are_given_back():
             assert counts() == before
     finally:
         torch.set_num_threads(threads)
+
+
+def test_threads_that_are_born_during_a_step_have_all_of_pytorchs():
+    """And so have those that come later, when the steps of two have overlapped."""
+    inside, may_leave, left = threading.Event(), threading.Event(), threading.Event()
+    x, counts = torch.zeros(1, 1, 8), []
+
+    def first():
+        with torch.no_grad(), ops.rows_for_numpy(x, 100):
+            inside.set()
+            assert may_leave.wait(30)
+        left.set()
+
+    def second():
+        assert inside.wait(30)
+        counts.append(torch.get_num_threads())
+        may_leave.set()
+        assert left.wait(30)
+        with torch.no_grad(), ops.rows_for_numpy(x, 100):
+            counts.append(torch.get_num_threads())
+
+    def run(*targets):
+        threads = [threading.Thread(target=target) for target in targets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(first, second)
+        run(lambda: counts.append(torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(threads)
+    assert counts == [2, 1, 2]
 
 
 def test_outputs_are_seen_into():

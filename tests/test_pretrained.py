@@ -216,7 +216,7 @@ def test_the_dtype_is_the_one_asked_for_or_the_files(tmp_path, file, config, ask
 @pytest.mark.parametrize(
     "asked",
     [{"device": "cpu"}, {"device": torch.device("cpu")}, {"device_map": "cpu"}, {"device_map": "auto"},
-     {"device_map": {"": "cpu"}}, {"device": "meta"}],
+     {"device_map": {"": "cpu"}}, {"device_map": {"model": "cpu", "lm_head": torch.device("cpu")}}, {"device": "meta"}],
 )  # fmt: skip
 def test_one_device_is_chosen(tmp_path, asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -258,6 +258,29 @@ def test_a_configuration_of_ones_own_is_used_and_left_alone(tmp_path):
     assert vars(config) == before
 
 
+def test_transformers_configuration_takes_the_place_of_the_files(tmp_path):
+    folder = write_folder(tmp_path, random_params())
+    config = transformers.LlamaConfig(**FIELDS | {"rope_theta": 77.0}, attn_implementation="eager")
+    model = LlamaForCausalLM.from_pretrained(folder, config=config)
+    assert type(model.config) is LlamaConfig
+    assert_same_outputs(model, transformers.LlamaForCausalLM.from_pretrained(folder, config=config))
+    with pytest.raises(
+        ValueError, match=r"got transformers\..*LlamaConfig; llama\.LlamaConfig\.from_dict\(config\.to_dict"
+    ):
+        LlamaForCausalLM(config)
+    assert LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict())).config.rope_theta == 77.0
+
+
+def test_options_of_generation_take_the_place_of_the_files(tmp_path):
+    folder = write_folder(tmp_path, random_params())
+    for kind in (llama.GenerationConfig, transformers.GenerationConfig):
+        options = kind(max_new_tokens=3, eos_token_id=[5, 6])
+        model = LlamaForCausalLM.from_pretrained(folder, generation_config=options)
+        assert type(model.generation_config) is llama.GenerationConfig
+        assert (model.generation_config.max_new_tokens, model.generation_config.eos_token_id) == (3, [5, 6])
+        assert model.generation_config is not options
+
+
 def test_a_keyword_beside_a_configuration_is_not_lost(tmp_path):
     folder, config = write_folder(tmp_path, random_params()), LlamaConfig(**FIELDS)
     with pytest.raises((TypeError, ValueError), match="num_hidden_layer"):
@@ -267,8 +290,9 @@ def test_a_keyword_beside_a_configuration_is_not_lost(tmp_path):
 def test_keywords_that_change_nothing_here_are_taken(tmp_path):
     folder = write_folder(tmp_path, random_params())
     LlamaForCausalLM.from_pretrained(
-        folder, low_cpu_mem_usage=True, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
+        folder, low_cpu_mem_usage=True, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+        max_memory={"cpu": "4GB"}, offload_state_dict=True, offload_buffers=True, device_mesh=None, tp_plan=None,
+    )  # fmt: skip
 
 
 WRONG = [
@@ -280,7 +304,9 @@ WRONG = [
     ({"device": "gpu"}, "device must be one that PyTorch knows, got 'gpu'"),
     ({"device": 3.5}, "device must be one that PyTorch knows, got 3.5"),
     ({"device": "cpu", "device_map": "cpu"}, "device and device_map say the same"),
-    ({"device_map": {"model": "cpu", "lm_head": "cpu"}}, "device_map must name one device"),
+    ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "device_map must name one device"),
+    ({"device_map": {}}, "device_map must name one device"),
+    ({"device_mesh": "mesh"}, "from_pretrained knows no device_mesh"),
     ({"config": {"vocab_size": 12}}, "config must be a LlamaConfig, got dict"),
     ({"num_attention_heads": 5}, "num_attention_heads"),
     ({"pad_token_id": 12}, r"pad_token_id \(12\) must be below vocab_size \(12\)"),
@@ -390,6 +416,142 @@ def test_options_of_generation_are_read(tmp_path):
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
         LlamaForCausalLM.from_pretrained(folder)
+
+
+# --- classes of one's own ---
+
+
+class RewardConfig(LlamaConfig):
+    model_type = "llama-with-reward"
+
+    def __init__(self, bias: float = 0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.bias = bias
+
+
+class Reward(llama.LlamaPreTrainedModel):
+    """A score of the text, as people build one around transformers' `LlamaModel`."""
+
+    def __init__(self, config, temperature=1.0):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.temperature = temperature
+        self.norm = nn.LayerNorm(config.hidden_size)  # called as the base model's last norm is
+        self.reward = nn.Linear(config.hidden_size, 1)
+        self.scale = nn.Parameter(torch.full((1,), 3.0))
+        self.register_buffer("mean", torch.full((2,), 5.0))
+        self.register_buffer("seen", torch.tensor(7))
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+        self.post_init()
+
+    def forward(self, ids):
+        x = self.norm(self.model(ids).last_hidden_state)
+        return self.reward(x) * self.scale / self.temperature + self.mean.sum() + self.table.sum()
+
+
+class OfReward(Reward):
+    config_class = RewardConfig
+
+
+@torch.no_grad()
+def trained_reward(cls, folder):
+    """Made from a base model's file, and every number of its own another than at the beginning."""
+    with pytest.warns(UserWarning, match=r"holds no scale, norm\.weight, norm\.bias, reward\.weight and 3 others: "):
+        model = cls.from_pretrained(folder)
+    torch.manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("model."):
+            tensor.copy_(torch.randn(tensor.shape) * 9)
+    return model
+
+
+def test_what_a_subclass_adds_begins_as_it_says(tmp_path):
+    folder = write_folder(tmp_path, random_params())
+    model, info = Reward.from_pretrained(folder, output_loading_info=True)
+    assert sorted(info["missing_keys"]) == sorted(name for name in model.state_dict() if not name.startswith("model."))
+    assert info["unexpected_keys"] == ["lm_head.weight"]
+    assert_same_weights(model.model, LlamaModel.from_pretrained(folder).state_dict())
+    assert (model.norm.weight == 1).all()
+    assert (model.norm.bias == 0).all()
+    assert 0.005 < model.reward.weight.std() < 0.05
+    assert (model.scale.item(), model.mean.tolist(), model.seen.item()) == (3.0, [5.0, 5.0], 7)
+    assert model.table.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("cls", [Reward, OfReward])
+def test_a_subclass_comes_back_as_it_was_saved(tmp_path, cls):
+    model = trained_reward(cls, write_folder(tmp_path / "base", random_params()))
+    if cls is OfReward:
+        model.config.bias = 0.5
+    model.config.architectures = [cls.__name__]  # as the file will say
+    model.save_pretrained(tmp_path / "own")
+    again, info = cls.from_pretrained(tmp_path / "own", output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == []
+    assert_same_weights(again, model.state_dict())
+    assert type(again.config) is type(model.config)
+    assert again.config == model.config
+    assert miss(again(IDS).detach(), model(IDS).detach()) < 1e-5  # float32 in another order of summation
+    assert cls.from_pretrained(tmp_path / "own", temperature=2.0).temperature == 2.0
+    half = cls.from_pretrained(tmp_path / "own", dtype="bfloat16")
+    assert half(IDS).dtype == half.mean.dtype == torch.bfloat16
+    assert half.seen.dtype == torch.int64
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    if cls is Reward:  # of a Llama as it is the base model can be read alone
+        with pytest.warns(UserWarning, match="7 tensors are not used"):
+            assert_same_weights(LlamaModel.from_pretrained(tmp_path / "own"), model.model.state_dict())
+    else:
+        assert again.config.bias == 0.5
+        with pytest.raises(ValueError, match="model_type is 'llama-with-reward'; only 'llama' models can be read"):
+            LlamaModel.from_pretrained(tmp_path / "own")
+
+
+def test_the_body_of_a_subclass_must_be_there_all_the_same(tmp_path):
+    class Adapted(LlamaModel):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.layers:
+                layer.adapter = nn.Linear(2, 2)
+            self.post_init()
+
+    params = random_params()
+    with pytest.warns(UserWarning, match=r"holds no layers\.0\.adapter\.weight, .*: Adapted draws them anew"):
+        Adapted.from_pretrained(write_folder(tmp_path / "whole", params))
+    del params["model.layers.1.mlp.up_proj.weight"]
+    folder = write_folder(tmp_path / "broken", params)
+    for cls, prefix in ((Adapted, ""), (Reward, r"model\.")):
+        with pytest.raises(ValueError, match=rf"the tensor {prefix}layers\.1\.mlp\.up_proj\.weight is missing\."):
+            cls.from_pretrained(folder)
+
+
+def test_what_a_subclass_ties_stays_tied(tmp_path):
+    class Tied(Reward):
+        def __init__(self, config):
+            super().__init__(config)
+            self.words = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.words.weight = self.model.embed_tokens.weight
+
+    model = trained_reward(Tied, write_folder(tmp_path / "base", random_params()))
+    for form in (True, False):
+        model.save_pretrained(tmp_path / "own", safe_serialization=form)
+        again, info = Tied.from_pretrained(tmp_path / "own", output_loading_info=True)
+        assert info["missing_keys"] == info["unexpected_keys"] == []
+        assert again.words.weight is again.model.embed_tokens.weight
+        assert_same_weights(again, model.state_dict())
+
+
+def test_a_base_model_may_have_another_name(tmp_path):
+    class Wrapped(llama.LlamaPreTrainedModel):
+        base_model_prefix = "backbone"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.backbone = LlamaModel(config)
+            self.post_init()
+
+    model = Wrapped.from_pretrained(write_folder(tmp_path / "base", random_params()))
+    assert_same_weights(model.backbone, LlamaModel.from_pretrained(tmp_path / "base").state_dict())
+    model.save_pretrained(tmp_path / "own")
+    assert_same_weights(Wrapped.from_pretrained(tmp_path / "own"), model.state_dict())
 
 
 # --- damage ---
@@ -1178,6 +1340,14 @@ def test_gradient_checkpointing_is_switched():
         assert torch.equal(grad, grads[1][name])
     model.gradient_checkpointing_enable({"use_reentrant": True})
     assert model.model.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    model.activation_checkpointing_disable()  # 5.x's names
+    assert not model.is_activation_checkpointing
+    model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=1)
+    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
+    for options in ({"every_n_layers": 2}, {"offload": True}):
+        with pytest.raises(ValueError, match="leave out every_n_layers and offload"):
+            model.activation_checkpointing_enable(**options)
 
 
 def test_frozen_embeddings_let_gradients_through_when_asked():

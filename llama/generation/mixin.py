@@ -1,6 +1,7 @@
 """`generate`: what a model writes after a prompt. Options, defaults and the order of things are transformers'."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -41,12 +42,15 @@ class Reader:
         limit: the longest the texts can become.
         inputs_embeds: (B, P, E) that are read in the place of the prompt's ids, of which there may be fewer or none.
         chunk: the most tokens of a prompt to read at a time, None for all of them at once.
+        more: what a model's own `prepare_inputs_for_generation` gets besides.
     """
 
     def __init__(self, model: nn.Module, cache: Cache | None, mask: torch.Tensor | None = None,
                  position_ids: torch.Tensor | None = None, limit: int = 0, inputs_embeds: torch.Tensor | None = None,
-                 ids_length: int = 0, learnt: int = 0, chunk: int | None = None, **outputs: bool):  # fmt: skip
+                 ids_length: int = 0, learnt: int = 0, chunk: int | None = None,
+                 more: dict[str, Any] | None = None, **outputs: bool):  # fmt: skip
         self.model, self.cache, self.chunk, self.outputs = model, cache, chunk, outputs
+        self.prepares, self.more = _prepares(model), more or {}
         self.embeds = inputs_embeds
         self.ahead = learnt if inputs_embeds is None else inputs_embeds.shape[1] - ids_length
         if mask is not None:
@@ -80,11 +84,30 @@ class Reader:
                 positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
             self.positions, positions = positions, positions[:, start:end]
         mask = None if self.mask is None else self.mask[:, :end]
-        return self.model(
-            input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            inputs_embeds=embeds, use_cache=self.cache is not None, logits_to_keep=keep, return_dict=True,
-            **self.outputs,
-        )  # fmt: skip
+        inputs = {
+            "input_ids": new, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache,
+            "inputs_embeds": embeds, "use_cache": self.cache is not None,
+        }  # fmt: skip
+        if self.prepares:
+            inputs = self._prepared(ids[:, : end - self.ahead], start, end, inputs)
+        return self.model(**inputs | {"logits_to_keep": keep, "return_dict": True} | self.outputs)
+
+    def _prepared(self, ids: torch.Tensor, start: int, end: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model's own `prepare_inputs_for_generation` makes of these, for the tokens from start to end."""
+        del inputs["input_ids"]
+        inputs["inputs_embeds"] = self.embeds
+        if inputs["position_ids"] is None:
+            inputs["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
+        cls: Any = type(self.model)  # not the instance, in which peft's stands: `_learnt` asks that, once
+        return cls.prepare_inputs_for_generation(
+            self.model, ids, next_sequence_length=end - start, is_first_iteration=start == 0, **inputs | self.more
+        )
+
+
+def _prepares(model: nn.Module) -> bool:
+    """Whether the model's class has a `prepare_inputs_for_generation` of its own."""
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    return isinstance(model, GenerationMixin) and prepare is not GenerationMixin.prepare_inputs_for_generation
 
 
 @dataclass
@@ -329,10 +352,14 @@ class GenerationMixin:
         criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
 
         times = max(config.num_beams, config.num_return_sequences)
-        position_ids = given["position_ids"]
+        position_ids, more = given["position_ids"], given["more"]
         if position_ids is not None:
             position_ids = position_ids.expand(len(ids), -1)
         if times > 1:
+            more = {
+                name: value.repeat_interleave(times, dim=0) if isinstance(value, torch.Tensor) else value
+                for name, value in more.items()
+            }
             ids = ids.repeat_interleave(times, dim=0)
             mask, embeds, position_ids = (
                 None if t is None else t.repeat_interleave(times, dim=0) for t in (mask, embeds, position_ids)
@@ -351,7 +378,7 @@ class GenerationMixin:
             raise ValueError("prefill_chunk_size needs use_cache=True: what a chunk reads lies in the cache")
         if any(outputs.values()) or self.config.checked().angles_follow_length:
             chunk = None  # what is asked for, or what the text is read as, is that of the whole prompt
-        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], learnt, chunk, **outputs)  # type: ignore[arg-type]
+        reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], learnt, chunk, more, **outputs)  # type: ignore[arg-type]
         processors = processors_for(
             config, ids.shape[1], device=device, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             extra=logits_processor or (), model=self, attention_mask=mask if embeds is None else None,
@@ -369,12 +396,22 @@ class GenerationMixin:
     def _options(self, generation_config, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
         """The options, the call's before the caller's config before the model's own; and the call's other inputs."""
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+        if not isinstance(config, GenerationConfig):  # transformers'
+            if not hasattr(config, "to_diff_dict"):
+                raise ValueError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
+            said = config.to_diff_dict()
+            config = GenerationConfig.from_dict({name: value for name, value in said.items() if value is not None})
         fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
         config.update(defaults_only=True, allow_custom_entries=True, **fallback)
         unused = config.update(**kwargs | ({"top_k": 0} if kwargs.get("top_k", 0) is None else {}))  # None: no top-k
         given = {name: unused.pop(name, None) for name in MODEL_INPUTS}
-        for name in ("cache_position", "return_dict", "logits_to_keep", "num_logits_to_keep"):
-            unused.pop(name, None)  # what a prepared call may carry, and generation decides by itself
+        for name in ("cache_position", "labels", "return_dict", "logits_to_keep", "num_logits_to_keep"):
+            unused.pop(name, None)  # what a batch or a prepared call may carry, and generation decides by itself
+        given["more"] = {}
+        if _prepares(self):  # type: ignore[arg-type]
+            takers = (self.prepare_inputs_for_generation, self.forward)  # type: ignore[attr-defined]
+            takes = {name for taker in takers for name in inspect.signature(taker).parameters}
+            given["more"] = {name: unused.pop(name) for name in takes & unused.keys()}
         if unused:
             raise ValueError(
                 f"The following `model_kwargs` are not used by the model: {sorted(unused)} (a misspelt option of "
@@ -453,16 +490,18 @@ class GenerationMixin:
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: Any = None, attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None, **kwargs: Any,
+        inputs_embeds: torch.Tensor | None = None, next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = None, **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """The arguments of `forward` that go on with `input_ids`, the whole text, after what the cache holds.
 
-        `generate` does not ask it; libraries that write by themselves do.
+        A subclass may change what it gives: then `generate` asks it before every call of the model. So do libraries
+        that write by themselves. `next_sequence_length` is how many tokens are to be read, all that are new by default.
         """
-        past = 0 if past_key_values is None else as_cache(past_key_values).get_seq_length()
-        new = {"input_ids": input_ids[:, past:]}
+        past, n = 0 if past_key_values is None else as_cache(past_key_values).get_seq_length(), next_sequence_length
+        new = {"input_ids": input_ids[:, past:] if n is None else input_ids[:, -n:]}
         if inputs_embeds is not None and past < inputs_embeds.shape[1]:
-            new = {"inputs_embeds": inputs_embeds[:, past:]}
+            new = {"inputs_embeds": inputs_embeds[:, past : None if n is None else past + n]}
         return new | {"past_key_values": past_key_values, "attention_mask": attention_mask} | kwargs
 
     def compute_transition_scores(
