@@ -206,8 +206,8 @@ def _flash_attention(
     q, k, v = (x if max(x.stride()[2:]) <= 2**23 else x.contiguous() for x in (q, k, v))
     block_d = max(16, launch.power_of_2(D))
     tma = _has_descriptors(k) and _has_descriptors(v)
-    both = first_keys is not None and not starts is lengths is mask is None
-    tile = tiles.prefill(launch.family(q.device), D, q.dtype, T, tma, both)
+    padded = any(said is not None for said in (starts, lengths, mask))
+    tile = tiles.prefill(launch.family(q.device), D, q.dtype, T, tma, both=padded and first_keys is not None)
     keys, values = k, v
     if tile.tma:
         keys, values = (TensorDescriptor(x, [*x.shape], _strides(x), [1, 1, tile.block_k, block_d]) for x in (k, v))

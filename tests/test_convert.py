@@ -11,6 +11,7 @@ import zipfile
 from types import SimpleNamespace
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 import sentencepiece_models
@@ -27,6 +28,7 @@ from llama.checkpoints import convert as convert_module
 from llama.checkpoints.convert import convert
 from llama.checkpoints.huggingface import WEIGHTS, HuggingFaceFolder
 from llama.checkpoints.meta_shards import intermediate_size, params_json
+from llama.checkpoints.write import OutFile, safetensors, write_file
 
 PARAMS = random_params()
 MHA = FIELDS | {"num_key_value_heads": 4}
@@ -344,6 +346,14 @@ def test_files_are_cut_and_called_as_transformers_does(tmp_path, limit, files):
 
 
 def test_types_of_different_sizes_lie_aligned(tmp_path):
+    tensors = {"odd": np.ones(3, ml_dtypes.bfloat16), "wide": np.ones(2, np.float64), "usual": np.ones(5, np.float32)}
+    planned = {name: Stored(array.dtype, array.shape) for name, array in tensors.items()}
+    write_file(tmp_path, OutFile("model.safetensors", planned, tensors.__getitem__, safetensors), lambda n: None)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for name, told in json.loads(data[8 : 8 + length]).items():
+        assert name == "__metadata__" or (8 + length + told["data_offsets"][0]) % tensors[name].itemsize == 0
+
     source = write_folder(tmp_path / "model", PARAMS)
     odd = cast(PARAMS, torch.float32) | {"model.norm.weight": torch.ones(64, dtype=torch.bfloat16)}
     save_file(odd, source / "model.safetensors")

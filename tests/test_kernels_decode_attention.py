@@ -1,5 +1,6 @@
 """decode_attention against the reference: lengths, masks, pages, and pieces that are joined."""
 
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -239,6 +240,17 @@ def test_a_long_cache_in_as_many_pieces_as_there_may_be(S):
     q, (k, v) = normal(rng, (3, 2, 1, 16), torch.float32), normal(rng, (2, 3, 1, S, 16), torch.float32)
     lengths = np.array([S, 17, 0])
     assert_right(decode_attention(q, k, v, integers(lengths)), q, k, v, lengths, None)
+
+
+@pytest.mark.parametrize("attend", [decode_attention, partial(flash_attention, causal=False)], ids=["decode", "flash"])
+def test_a_length_beyond_the_cache_ends_with_it(attend):
+    rng = np.random.default_rng(0)
+    q, k = normal(rng, (2, 4, 1, 8), torch.float32), normal(rng, (2, 2, 64, 8), torch.float32)
+    k[:, :, 40:] = torch.nan
+    seen = k[:, :, :40]
+    assert same_bits(
+        attend(q, seen, seen, lengths=integers([41, 140])), attend(q, seen, seen, lengths=integers([40, 40]))
+    )
 
 
 def test_huge_scores_overflow_nothing():
