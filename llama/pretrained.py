@@ -1,6 +1,5 @@
 """What every model of `llama.modeling` can do: load, save, resize, tie, prune. transformers' `PreTrainedModel`."""
 
-import copy
 import difflib
 import inspect
 import os
@@ -19,7 +18,7 @@ from .checkpoints.names import find
 from .checkpoints.torch_files import as_torch, replaced, save_weights, torch_dtype
 from .checkpoints.where import hub_options
 from .config import LlamaConfig
-from .generation.config import GenerationConfig
+from .generation.config import GenerationConfig, own_copy
 from .progress import progress
 
 # Keywords of transformers' from_pretrained that change nothing here: files are always mapped, never run, and a model
@@ -414,11 +413,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
             warnings.warn(f"{checkpoint.path}: {len(extra)} tensors are not used, among them {extra[0]}", stacklevel=2)
         config.dtype = wanted
         model.set_backend(backend)
-        if model.can_generate() and isinstance(generation_config, GenerationConfig):
-            model.generation_config = copy.deepcopy(generation_config)
-        elif model.can_generate() and generation_config is not None:  # transformers', where None is "as by default"
-            said = generation_config.to_diff_dict()
-            model.generation_config = GenerationConfig.from_dict({k: v for k, v in said.items() if v is not None})
+        if model.can_generate() and generation_config is not None:
+            model.generation_config = own_copy(generation_config)
         elif model.can_generate() and checkpoint.generation_config:
             model.generation_config = GenerationConfig.from_dict(checkpoint.generation_config)
         model.eval()

@@ -27,6 +27,7 @@ from numerics import (
     normal,
     same_bits,
 )
+from torch import library
 from torch._subclasses import FakeTensorMode
 
 from llama import reference
@@ -210,7 +211,7 @@ def operator_calls(name, dtype=torch.float32):
 def test_operators_keep_their_word(name):
     """PyTorch's own check: the schema says what is written to, the fake gives the shapes, strides and dtypes."""
     for op, args, kwargs in operator_calls(name):
-        torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
 @given(st.sampled_from(CALLS), st.sampled_from(DTYPES), st.data())

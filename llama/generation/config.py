@@ -269,6 +269,19 @@ class GenerationConfig:
         return cls(**said, _from_model_config=True)
 
 
+def own_copy(config: Any) -> GenerationConfig:
+    """A copy of ours of `config`, which may also be transformers', where an option that is None was not set.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(config, GenerationConfig):
+        return copy.deepcopy(config)
+    if not hasattr(config, "to_diff_dict"):
+        raise ValueError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
+    return GenerationConfig.from_dict({k: v for k, v in config.to_diff_dict().items() if v is not None})
+
+
 FIELDS = tuple(GenerationConfig.__annotations__)
 KNOWN = {*FIELDS, *REFUSED, *WITHOUT_EFFECT}
 

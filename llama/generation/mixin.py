@@ -1,6 +1,5 @@
 """`generate`: what a model writes after a prompt. Options, defaults and the order of things are transformers'."""
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from ..cache import Cache, DynamicCache, StaticCache, as_cache
 from ..outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from ..tokenization import TextStream
-from .config import GenerationConfig
+from .config import GenerationConfig, own_copy
 from .processors import LogitsProcessorList, processors_for
 from .stopping import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria, criteria_for
 
@@ -166,7 +165,7 @@ def write(run: Run) -> Iterator[torch.Tensor]:
     while run.length < run.limit:
         out = run.reader.read(run.text)
         logits = out.logits[:, -1].float()
-        kept = logits.clone() if run.record else None  # a processor may write into what it is given
+        kept = logits.clone() if "logits" in run.record else None  # a processor may write into what it is given
         scores = run.processors(run.text, logits) if run.processors else logits
         if run.record:
             run.keep(scores=scores, logits=kept, attentions=out.attentions, hidden_states=out.hidden_states)
@@ -395,12 +394,7 @@ class GenerationMixin:
 
     def _options(self, generation_config, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
         """The options, the call's before the caller's config before the model's own; and the call's other inputs."""
-        config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-        if not isinstance(config, GenerationConfig):  # transformers'
-            if not hasattr(config, "to_diff_dict"):
-                raise ValueError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
-            said = config.to_diff_dict()
-            config = GenerationConfig.from_dict({name: value for name, value in said.items() if value is not None})
+        config = GenerationConfig() if generation_config is None else own_copy(generation_config)
         fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
         config.update(defaults_only=True, allow_custom_entries=True, **fallback)
         unused = config.update(**kwargs | ({"top_k": 0} if kwargs.get("top_k", 0) is None else {}))  # None: no top-k
