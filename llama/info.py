@@ -1,4 +1,4 @@
-"""`llama info`: what a model is, and what it takes to run it, from the headers of its files alone."""
+"""`llama info`: describe a model and the memory it needs, from the headers of its files alone."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,23 +9,24 @@ from .checkpoints import FLOATS, Checkpoint
 from .checkpoints.gguf import GGUFFile
 from .checkpoints.huggingface import HuggingFaceFolder
 from .checkpoints.meta import MetaFolder
-from .checkpoints.names import HEAD
+from .checkpoints.names import EMBEDDING, HEAD
 from .reference import Config, parameter_shapes
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes a model runs in, and their bytes
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes a model runs in, and their sizes in bytes
 DEFAULT_TOKENS = 4096
-MOST = 10**12  # tokens, and texts
+MOST = 10**12  # upper bound on tokens and on texts
 
 
 @dataclass
 class Info:
-    """What was found.
+    """Facts about a model.
 
-    parameters: a weight that the head shares with the embedding counted once; `embedding` are the embedding's.
-    stored: bytes in the files by type, quantised ones under their own names.
-    memory: by dtype, the bytes of the weights and of the cache. A cache keeps a key and a value of every token, in each
-        layer and key/value head: 2 · layers · batch · kv_heads · tokens · head_dim numbers. What is computed on the way
-        (a few rows of the width, and the logits) comes on top.
+    parameters: their number, a tied head counted once; `embedding` is the embedding's share.
+    stored: bytes in the files by type, quantised types under their own names.
+    missing: the first tensor that the configuration asks for and the files lack.
+    memory: by dtype, the bytes of the weights and of the cache. The cache keeps a key and a value for every token,
+        layer and key/value head: 2 · layers · batch · kv_heads · tokens · head_dim elements. Activations (a few rows of
+        the hidden size, and the logits) come on top.
     """
 
     path: str
@@ -36,23 +37,24 @@ class Info:
     parameters: int
     embedding: int
     stored: dict[str, int]
+    missing: str | None
     tokens: int
     batch: int
     memory: dict[str, dict[str, int]]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, ready for JSON."""
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """A readable description, line by line."""
         c = self.config
         stored = ", ".join(f"{in_bytes(size)} {kind}" for kind, size in self.stored.items())
         tied = " (the head's too)" if c.tie_word_embeddings else ""
         heads = "one" if c.num_key_value_heads == 1 else f"{c.num_key_value_heads:,}"
         rope = dict(c.rope_parameters)
         kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
-        # longrope's factors are one number for each frequency
+        # leaves out longrope's factors, which are lists of one number per frequency
         said = [f"{key} {value:g}" for key, value in rope.items() if isinstance(value, int | float)]
         yield f"path          {self.path}"
         yield f"format        {self.format}, {self.files:,} file{'s' * (self.files != 1)}: {stored}"
@@ -63,6 +65,8 @@ class Info:
         yield f"vocabulary    {c.vocab_size:,} tokens"
         yield f"context       {c.max_position_embeddings:,} tokens"
         yield f"RoPE          {kind}, " + ", ".join([f"theta {theta:g}", *said])
+        if self.missing:
+            yield f"incomplete    the tensor {self.missing} is missing; it cannot be loaded. Download it again"
         yield ""
         texts = "" if self.batch == 1 else f" in each of {self.batch:,} texts"
         yield f"memory to run it, with a cache of {self.tokens:,} tokens{texts}"
@@ -73,14 +77,13 @@ class Info:
 
 
 def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> Info:
-    """What the headers of a checkpoint say.
+    """Describe a checkpoint from its headers.
 
     Args:
-        tokens: how many the cache is to hold for each of the `batch` texts; by default 4096, or the context if shorter.
+        tokens: the length of the cache for each of the `batch` texts; by default 4096, or the context if shorter.
 
     Raises:
-        ValueError, OSError: a file is missing or damaged, or the configuration asks for other shapes; the message names
-            it.
+        ValueError, OSError: a file is missing or damaged, or does not match the configuration; the message names it.
     """
     fields = checkpoint.config
     try:
@@ -92,13 +95,16 @@ def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> I
             raise ValueError(f"{name} must be at least 1 and at most {MOST:,}, got {value}")
     tokens = min(DEFAULT_TOKENS, config.max_position_embeddings) if tokens is None else tokens
     tensors = {n: s for n, s in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    missing = None
     for name, shape in parameter_shapes(config):
-        if name not in tensors:
-            break  # quantised or another kind of model, of which not every tensor is known
+        if name not in tensors:  # unless it is a base model or a quantised one, whose tensors have other names
+            usual = EMBEDDING in tensors and all(stored.dtype.name in FLOATS for stored in tensors.values())
+            missing = name if usual else None
+            break
         if tensors[name].shape != shape and tensors[name].dtype.name in FLOATS:
             raise ValueError(
                 f"{checkpoint.path}: the tensor {name} has shape {tensors[name].shape}; the configuration asks for "
-                f"{shape}. Correct its configuration, or fetch the model anew."
+                f"{shape}. Correct its configuration, or download it again."
             )
     tied = config.tie_word_embeddings and HEAD in tensors
     parameters = sum(s.size for name, s in tensors.items() if not (tied and name == HEAD))
@@ -109,12 +115,12 @@ def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> I
     said = fields.get("architectures")
     architecture = str(said[0]) if isinstance(said, list) and said else "LlamaForCausalLM"
     stored = _bytes_by_type(checkpoint)
-    return Info(str(checkpoint.path), name, files, architecture, config, parameters, embedding, stored, tokens, batch,
-                memory)  # fmt: skip
+    return Info(str(checkpoint.path), name, files, architecture, config, parameters, embedding, stored, missing,
+                tokens, batch, memory)  # fmt: skip
 
 
 def in_bytes(count: int) -> str:
-    """ "1.23 GB": three digits and a power of 1000."""
+    """Format a size like "1.23 GB": three significant digits and a power of 1000."""
     if count < 1000:
         return f"{count} bytes"
     units = ("kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB", "RB", "QB")
@@ -125,7 +131,7 @@ def in_bytes(count: int) -> str:
 
 
 def _format(checkpoint: Checkpoint) -> tuple[str, int]:
-    """What the files are, and how many hold the weights."""
+    """The name of the format, and the number of files with weights."""
     if isinstance(checkpoint, GGUFFile):
         return "GGUF", 1
     if isinstance(checkpoint, MetaFolder):

@@ -55,8 +55,9 @@ def shard_tensors(params: dict, fields: dict, shards: int, embedding_axis: int) 
         parts = [tensor] * shards if axis is None else tensor.chunk(shards, axis)
         for shard, part in zip(out, parts, strict=True):
             shard[f"{meta}.weight"] = part.clone()
+    head_dim = len(params["model.layers.0.self_attn.q_proj.weight"]) // heads
     for shard in out:
-        shard["rope.freqs"] = torch.arange(4, dtype=torch.float32)  # which Llama 1 and 2 carry, and nobody needs
+        shard["rope.freqs"] = torch.arange(head_dim // 2, dtype=torch.float32)  # only Llama 1 and 2 have it
     return out
 
 

@@ -194,6 +194,29 @@ def test_llama31s_divisors_come_through_gguf(tmp_path):
     assert not loaded.angles_follow_length  # both lists are one: prompts in chunks, conversations from their cache
 
 
+@pytest.mark.parametrize(("factor", "theta"), [(8.0, 500000.0), (32.0, 500000.0), (8.0, 10000.0)])
+def test_llama31s_own_divisors_are_its_rope_again(tmp_path, factor, theta):
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    fields = FIELDS | {"rope_theta": theta, "max_position_embeddings": 131072}
+    config = reference.Config.from_dict(fields | {"rope_scaling": scaling})
+    plain, _ = reference.rope_frequencies(reference.Config.from_dict(fields))
+    divisors = (plain / reference.rope_frequencies(config)[0]).astype(np.float32)
+    extra = lambda writer: writer.add_tensor("rope_freqs.weight", divisors)  # noqa: E731
+    _, loaded = reference.load(write_gguf(tmp_path / "m.gguf", PARAMS, fields, extra=extra))
+    assert loaded.rope_parameters == config.rope_parameters
+
+
+def test_tensors_that_overlap_are_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", PARAMS)
+    reader = gguf.GGUFReader(path, "r+")
+    moved = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    moved.field.parts[-1][0] = 0
+    reader.data.flush()
+    with pytest.raises(ValueError, match=r"m\.gguf is damaged: \S+ overlaps another tensor"):
+        open_checkpoint(path)
+
+
 LINEAR, YARN = gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN
 
 
@@ -434,7 +457,7 @@ DAMAGE = {
     "a folder": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir()), DAMAGED),
     "a file that cannot be opened": (
         lambda d: ((d / "model.safetensors").unlink(), os.mknod(d / "model.safetensors", stat.S_IFSOCK | 0o600)),
-        r"model\.safetensors could not be read \(No such device or address\), though it may be whole",
+        r"model\.safetensors could not be read \(No such device or address\), though it may be intact",
     ),
     "an endless number": (put("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), r"config\.json is not valid JSON"),
     "garbage": (put("model.safetensors", b"\xff" * 999), DAMAGED),
@@ -462,7 +485,7 @@ INDEX_DAMAGE = {
     "outside": (point_to("../other.safetensors"), "outside its own folder"),
     "absolute": (point_to("/etc/passwd"), "outside its own folder"),
     "shard missing": (point_to("gone.safetensors"), "gone.safetensors does not exist"),
-    "wrong shard": (point_to("model-00001-of-00003.safetensors"), "which does not hold it"),
+    "wrong shard": (point_to("model-00001-of-00003.safetensors"), "which does not contain it"),
     "no map": (lambda index: index.pop("weight_map"), "has no weight_map"),
     "map of numbers": (lambda index: index.update(weight_map={NORM: 3}), "has no weight_map"),
 }

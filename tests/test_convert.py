@@ -27,6 +27,7 @@ from llama.checkpoints import Stored, open_checkpoint
 from llama.checkpoints import convert as convert_module
 from llama.checkpoints.convert import convert
 from llama.checkpoints.huggingface import WEIGHTS, HuggingFaceFolder
+from llama.checkpoints.meta import MetaFolder
 from llama.checkpoints.meta_shards import intermediate_size, params_json
 from llama.checkpoints.write import OutFile, safetensors, write_file
 
@@ -34,7 +35,7 @@ PARAMS = random_params()
 MHA = FIELDS | {"num_key_value_heads": 4}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written", "ignore:Meta's layout has no place for")
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written", "ignore:Meta's layout cannot store")
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
@@ -99,6 +100,75 @@ def test_there_and_back_is_the_same(tmp_path, shards):
     assert configs[0] == configs[1] == configs[2]
 
 
+# The fields of ModelArgs in Meta's code, which takes no others; max_seq_len is passed beside params.json.
+LLAMA1_ARGS = {"dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"}
+LLAMA2_ARGS = LLAMA1_ARGS | {"n_kv_heads", "ffn_dim_multiplier"}
+LLAMA31_ARGS = LLAMA2_ARGS | {"rope_theta", "use_scaled_rope"}
+OLD = {"rope_theta": 10000.0, "intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        (MHA | OLD | {"max_position_embeddings": 2048}, LLAMA1_ARGS),
+        (FIELDS | OLD | {"max_position_embeddings": 777}, LLAMA2_ARGS),
+        (
+            FIELDS | {"rope_theta": 500000.0, "max_position_embeddings": 131072, "rope_scaling": LLAMA3},
+            LLAMA31_ARGS,
+        ),
+    ],
+)
+def test_metas_own_code_can_read_params_json(tmp_path, fields, known):
+    source = write_folder(tmp_path / "model", random_params(fields), fields)
+    meta = convert(source, tmp_path / "meta", to="meta")
+    assert json.loads((meta / "params.json").read_text()).keys() <= known
+    assert open_checkpoint(meta).config["max_position_embeddings"] == fields["max_position_embeddings"]
+    assert convert(source, tmp_path / "meta", to="meta", verify=True) == meta
+    again = open_checkpoint(convert(meta, tmp_path / "again"))
+    assert again.config["max_position_embeddings"] == fields["max_position_embeddings"]
+
+
+def test_another_version_is_another_conversion(tmp_path):
+    source = write_meta(tmp_path / "meta", PARAMS, said={"rope_theta": 500000.0})
+    out = convert(MetaFolder(source, llama_version="3.1"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds a conversion with --llama-version 3\.1; choose another folder"):
+        convert(MetaFolder(source, llama_version="3.2"), out)
+    with pytest.raises(ValueError, match="holds a conversion with --instruct False"):
+        convert(MetaFolder(source, llama_version="3.1", instruct=True), out)
+    convert(MetaFolder(source, llama_version="3.2"), out, force=True)
+    assert open_checkpoint(out).config["rope_scaling"]["factor"] == 32
+
+
+@pytest.mark.parametrize("write", [write_folder, lambda path, *more: write_gguf(path.with_suffix(".gguf"), *more)])
+def test_layers_beyond_the_configurations_are_an_error(tmp_path, write):
+    source = write(tmp_path / "model", PARAMS, FIELDS | {"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match=r"model\S*: it holds model\.layers\.1\.\S+, but num_hidden_layers is 1\."):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_tokenizer_is_not_copied(tmp_path):
+    source = write_folder(tmp_path / "model", PARAMS)
+    (source / "tokenizer.json").write_text('{"model": {"type": "BPE"')
+    with pytest.raises(ValueError, match=r"model\S*tokenizer\.json is not a readable tokenizer\.json"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_make_no_sense_are_refused(tmp_path):
+    source = write_folder(tmp_path / "model", PARAMS)
+    for wrong, message in (
+        ({"num_key_value_heads": 1.0}, r"num_key_value_heads \(1\.0\) must divide"),
+        ({"to": "meta", "num_shards": 0}, "num_shards must be at least 1, got 0"),
+        ({"max_shard_size": "0"}, "max_shard_size must be a number of bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "out", **wrong)
+    assert len(list(convert(source, tmp_path / "out", max_shard_size="40000").glob("*.safetensors"))) > 1
+    with pytest.raises(ValueError, match="where must be a path or a name, got ''"):
+        open_checkpoint("")
+
+
 def test_gguf_to_hugging_face_to_meta_and_back(tmp_path):
     half = {name: array.astype(np.float16) if array.ndim == 2 else array for name, array in PARAMS.items()}
     source = write_gguf(tmp_path / "m.gguf", PARAMS, quantisation=gguf.GGMLQuantizationType.F16, extra=tokens)
@@ -150,11 +220,11 @@ def test_a_tied_head_stays_tied(tmp_path):
         (
             {"bos_token_id": 3, "eos_token_id": [2]},
             1,
-            r"no place for bos_token_id 3: .* bos_token_id 1 and eos",
+            r"cannot store bos_token_id 3: .* bos_token_id 1 and eos",
             (1, 2),
         ),
         # in several shards a tied model's embedding is cut as Llama 3's
-        ({}, 2, r"no place for bos_token_id 1 and eos_token_id 2: .* eos_token_id None", (None, None)),
+        ({}, 2, r"cannot store bos_token_id 1 and eos_token_id 2: .* eos_token_id None", (None, None)),
     ],
 )
 def test_ends_that_metas_layout_cannot_tell_are_named(tmp_path, said, num_shards, warning, ends):
@@ -163,7 +233,7 @@ def test_ends_that_metas_layout_cannot_tell_are_named(tmp_path, said, num_shards
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         meta = convert(source, tmp_path / "meta", to="meta", num_shards=num_shards)
-    texts = [str(w.message) for w in given if "no place for" in str(w.message)]
+    texts = [str(w.message) for w in given if "cannot store" in str(w.message)]
     assert len(texts) == (warning is not None)
     assert warning is None or re.search(warning, texts[0])
     convert(meta, tmp_path / "back")
@@ -191,7 +261,7 @@ def test_a_head_that_begins_as_the_embedding_is_its_own(tmp_path):
     assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     model = transformers.LlamaForCausalLM.from_pretrained(out)
     assert_equal(dict(model.state_dict()), cast(params, torch.float32))
-    with pytest.raises(ValueError, match="cannot be told from a model whose tie_word_embeddings is True"):
+    with pytest.raises(ValueError, match="would be read as a model whose tie_word_embeddings is True"):
         convert(out, tmp_path / "back", to="meta")
     assert not (tmp_path / "back").exists()  # nothing was written for it
 
@@ -224,7 +294,7 @@ def test_params_json_gives_the_width_by_metas_formula(tmp_path, size):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and in Meta's layout it can only be 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but in Meta's layout it can only be 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"head_dim": 8}, r"head_dim · num_attention_heads is 32"),
         (
@@ -312,7 +382,7 @@ def test_the_dtype_of_the_source_is_forgotten(tmp_path):
 def test_a_cast_that_loses_numbers_is_refused(tmp_path, number, stored, dtype, way_out):
     large = np.array([number, np.nan, np.inf] + [1.0] * 61, stored)  # of which the last two are as large as before
     source = write_folder(tmp_path / "model", PARAMS | {"model.norm.weight": large})
-    with pytest.raises(ValueError, match=rf"model\.norm\.weight holds numbers that {dtype} cannot; {way_out}"):
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight holds numbers too large for {dtype}; {way_out}"):
         convert(source, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out" / "config.json").exists()
     large[0] = 1
@@ -401,7 +471,7 @@ def test_without_a_tokenizer_that_is_said(tmp_path):
 
 def test_what_is_no_float_is_refused(tmp_path):
     source = write_folder(tmp_path / "model", PARAMS | {"model.norm.weight": np.ones(64, np.int32)})
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as int32; convertible are float64, float32"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as int32; supported: float64, float32"):
         convert(source, tmp_path / "out")
 
 
@@ -483,7 +553,7 @@ def test_another_model_in_the_folder_is_kept_unless_force(tmp_path):
     )
     (out / "README.md").write_text("mine")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match=r"out holds something that is no conversion of this source; .* --force"):
+    with pytest.raises(ValueError, match=r"out holds something other than a conversion of this source; .* --force"):
         convert(source, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     convert(source, out, force=True)
@@ -495,7 +565,7 @@ def test_another_model_in_the_folder_is_kept_unless_force(tmp_path):
 def test_other_settings_and_other_sources_are_refused_unless_force(tmp_path):
     source, out = write_folder(tmp_path / "model", PARAMS), tmp_path / "out"
     convert(source, out)
-    with pytest.raises(ValueError, match=r"out holds a conversion without --dtype; name another folder"):
+    with pytest.raises(ValueError, match=r"out holds a conversion without --dtype; choose another folder"):
         convert(source, out, dtype="bfloat16")
     convert(source, out, dtype="bfloat16", force=True)
     assert_equal(tensors_of(out), cast(PARAMS, torch.bfloat16))
@@ -523,7 +593,7 @@ def test_what_was_trained_since_is_kept_unless_force(tmp_path, limits):
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     model.save_pretrained(out, max_shard_size=limits[1])
-    with pytest.raises(ValueError, match=r"out\S+ is not as the conversion left it; name another .* --force"):
+    with pytest.raises(ValueError, match=r"out\S+ is missing or was changed .* --force"):
         convert(source, out, max_shard_size=limits[0])
     assert torch.equal(tensors_of(out)["model.norm.weight"], model.model.norm.weight)
     convert(source, out, max_shard_size=limits[0], force=True)
@@ -575,7 +645,7 @@ def test_a_broken_manifest_is_no_conversion(tmp_path, contents):
     if "null" in contents:
         contents = json.dumps(manifest | {"sha256": None})
     (out / "conversion.json").write_text(contents)
-    with pytest.raises(ValueError, match=r"out holds something that is no conversion of this source; .* --force"):
+    with pytest.raises(ValueError, match=r"out holds something other than a conversion of this source; .* --force"):
         convert(source, out)
     convert(source, out, force=True)
     assert json.loads((out / "conversion.json").read_text()) == manifest
@@ -629,23 +699,23 @@ def test_what_is_open_cannot_be_removed_on_windows(tmp_path, monkeypatch):
 
 def test_places_that_cannot_be_are_refused(tmp_path):
     source = write_folder(tmp_path / "model", PARAMS)
-    with pytest.raises(ValueError, match="is where the source lies"):
+    with pytest.raises(ValueError, match="contains the source"):
         convert(source, source, force=True)
-    with pytest.raises(ValueError, match="is where the source lies"):
+    with pytest.raises(ValueError, match="contains the source"):
         convert(source, tmp_path, force=True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file; name a folder"):
         convert(source, tmp_path / "file")
     with pytest.raises(ValueError, match="to must be one of huggingface, meta, got 'gguf'"):
         convert(source, tmp_path / "out", to="gguf")
-    with pytest.raises(ValueError, match=r'max_shard_size must be bytes or like "200MB"'):
+    with pytest.raises(ValueError, match=r'max_shard_size must be a number of bytes, or a string like "200MB"'):
         convert(source, tmp_path / "out", max_shard_size="5 bananas")
 
 
 def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "model", PARAMS)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=50_000))
-    with pytest.raises(OSError, match=r"out has 50\.0 KB free, and 154\.9 KB are needed; make room"):
+    with pytest.raises(OSError, match=r"out has 50\.0 KB free, but 154\.9 KB are needed; make room"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -681,12 +751,12 @@ def test_the_documents_own_line_works(tmp_path):
         (["{meta}", "{out}", "--num_shards", "4"], 1, "holds 1 shard; num_shards 4 means 4"),
         (["{meta}", "{out}", "--llama_version", "3.1"], 1, "not 3.1; correct llama_version"),
         (["{meta}", "{out}", "--safe_serialization", "False"], 2, "leave --safe-serialization out"),
-        (["{meta}", "{meta}"], 1, "is where the source lies"),
+        (["{meta}", "{meta}"], 1, "contains the source"),
         (["{meta}/nowhere", "{out}"], 1, "nowhere does not exist"),
         (
             ["{meta}", "/proc/out"],
             1,
-            "llama: /proc/out cannot be made (No such file or directory); name another folder",
+            "llama: /proc/out cannot be created (No such file or directory); choose another folder",
         ),
         (["{meta}/params.json", "{out}"], 1, "params.json"),
     ],

@@ -40,6 +40,13 @@ def stated(*arguments):
     return str(error)
 
 
+def test_an_incomplete_model_is_named(tmp_path):
+    source = write_folder(tmp_path / "model", PARAMS, FIELDS | {"num_hidden_layers": 10**9})
+    assert "incomplete    the tensor model.layers.2.input_layernorm.weight is missing" in said(source)
+    assert json.loads(said(source, "--json"))["missing"] == "model.layers.2.input_layernorm.weight"
+    assert "\nincomplete" not in said(write_folder(tmp_path / "whole", PARAMS))
+
+
 def in_safetensors(folder):
     """The 70B model in one file that is all header and hole."""
     header, end = {}, 0
@@ -178,7 +185,7 @@ def test_an_architecture_of_any_kind_is_told(tmp_path, value):
     ("names", "message"),
     [
         ([], r"model holds no model: no config\.json .* no params\.json with consolidated\.\*\.pth, no \.gguf file"),
-        (["notes.txt", "a.gguf"], r"model is no model, but holds one; give \S+/model/a\.gguf"),
+        (["notes.txt", "a.gguf"], r"model is not a model itself, but holds one; give \S+/model/a\.gguf"),
         (["conversion.json", "model.safetensors"], "is an unfinished conversion; run the same `llama convert` again"),
         (["conversion.json", "consolidated.00.pth"], "is an unfinished conversion; run the same `llama convert` again"),
         (["conversion.json"], "is an unfinished conversion; run the same `llama convert` again"),
@@ -210,7 +217,7 @@ def test_what_cannot_be_told_is_named(tmp_path):
     assert str(caught.value).count(str(tmp_path)) == 1
     said(tmp_path, "--tokens", 0, ok=False)
     write_folder(tmp_path / "empty", {})
-    with pytest.raises(ValueError, match=r"empty/model\.safetensors holds no tensors; fetch it anew"):
+    with pytest.raises(ValueError, match=r"empty/model\.safetensors holds no tensors; download it again"):
         info(open_checkpoint(tmp_path / "empty"))
     with pytest.raises(ValueError, match="batch must be at least 1 and at most 1,000,000,000,000, got 0"):
         info(open_checkpoint(write_folder(tmp_path, PARAMS)), batch=0)

@@ -202,7 +202,7 @@ def test_a_model_to_talk_with_ends_with_its_turn(tmp_path):
         ({"llama_version": "4"}, r"llama_version must be one of 1, 2, 3"),
         ({"model_size": "13B", "num_shards": 2, "llama_version": "1"}, None),
         ({"model_size": "13Bf", "llama_version": "2"}, None),
-        ({"llama_version": "3.1"}, r"holds a LLaMA of version 1 or 2 by its vocabulary and params\.json, not 3\.1"),
+        ({"llama_version": "3.1"}, r"holds LLaMA 1 or 2 according to its vocabulary and params\.json, not 3\.1"),
         ({"model_size": "405B-MP16"}, r"holds 2 shards; model_size 405B-MP16 means 16"),
     ],
 )
@@ -229,7 +229,7 @@ def test_what_is_said_of_the_files_is_held_against_them(tmp_path, small_sizes, f
 def test_a_version_is_held_against_the_vocabulary_and_rope(tmp_path, vocab_size, said, version, legal):
     fields = FIELDS | {"vocab_size": vocab_size}
     folder = write_hollow_meta(tmp_path, fields, 1, torch.bfloat16, said=said)
-    with pytest.raises(ValueError, match=f"holds a LLaMA of version {legal} by its vocabulary .*, not {version};"):
+    with pytest.raises(ValueError, match=f"holds LLaMA {legal} according to its vocabulary .*, not {version};"):
         assert MetaFolder(folder, llama_version=version).config
 
 
@@ -241,9 +241,9 @@ def test_a_size_is_held_against_the_parameters(tmp_path):
     said = {"multiple_of": 256, "ffn_dim_multiplier": None}  # as in its own params.json
     folder = write_hollow_meta(tmp_path, LLAMA_7B, 1, torch.float16, said=said)
     assert MetaFolder(folder, model_size="7B", llama_version="1").config["intermediate_size"] == 11008
-    with pytest.raises(ValueError, match=r"holds 6\.74 billion parameters; model_size 8B means 8\.03"):
+    with pytest.raises(ValueError, match=r"holds 6\.74 billion parameters, but model_size 8B means 8\.03 bi"):
         MetaFolder(folder, model_size="8B")
-    with pytest.raises(ValueError, match=r"holds 38,720 parameters; model_size 7B means 6\.74"):
+    with pytest.raises(ValueError, match=r"holds 38,720 parameters, but model_size 7B means 6\.74 billion"):
         MetaFolder(write_meta(tmp_path / "small", PARAMS), model_size="7B")
 
 
@@ -286,7 +286,9 @@ def test_special_tokens_are_called_as_in_their_version(tmp_path, said, facts, na
 
 def test_the_options_for_metas_files_are_for_a_folder_of_them(tmp_path):
     path = write_meta(tmp_path, PARAMS) / "consolidated.00.pth"
-    with pytest.raises(ValueError, match=r"00\.pth is no folder of Meta's files, .* leave these out, or give a folder"):
+    with pytest.raises(
+        ValueError, match=r"00\.pth is not a folder of Meta's files, .* leave these out, or give a folder"
+    ):
         MetaFolder(path, num_shards=1)
 
 
@@ -342,6 +344,14 @@ def exchange(folder):
     (folder / "x").rename(second)
 
 
+def test_files_of_old_pytorch_say_what_to_do(tmp_path):
+    folder = write_meta(tmp_path, PARAMS)
+    tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    torch.save(tensors, folder / "consolidated.00.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"00\.pth has the format from before PyTorch 1\.6; torch\.load it"):
+        _ = open_checkpoint(folder).tensors
+
+
 SHARDS = r"consolidated\.{}\.pth"
 DAMAGE = {
     "no params": (drop("params.json"), r"params\.json does not exist"),
@@ -350,10 +360,11 @@ DAMAGE = {
     "another width": (change(dim=96), r"tok_embeddings\.weight has shape \(12, 32\), .* It would fit 3 shards"),
     "a width of text": (change(dim="64"), r"dim must be a positive integer, got '64'"),
     "another number of heads": (change(n_heads=8, n_kv_heads=4, head_dim=16), r"wq\.weight is float16 of shape"),
-    "no whole head": (change(n_heads=3, head_dim=None), r"head_dim|num_attention_heads|cannot lie"),
+    "heads of another size": (change(n_heads=8, n_kv_heads=4), r"rope\.freqs is for heads of size 16, but .* gives 8"),
+    "no whole head": (change(n_heads=3, head_dim=None), r"head_dim|num_attention_heads|cannot be split"),
     "another number of kv heads": (change(n_kv_heads=4), r"wk\.weight is .* of shape \(16, 64\); .*\(32, 64\)"),
-    "another MLP": (change(multiple_of=31), r"hold an MLP of width 32, and params\.json makes it 31"),
-    "another vocabulary": (change(vocab_size=13), r"embedding of 12 tokens, and params\.json says 13"),
+    "another MLP": (change(multiple_of=31), r"hold an MLP of width 32, but params\.json implies 31"),
+    "another vocabulary": (change(vocab_size=13), r"embedding of 12 tokens, but params\.json says 13"),
     "more layers": (change(n_layers=3), SHARDS.format("00") + r": the tensor layers\.2\.\S+ is missing"),
     "endless layers": (change(n_layers=2**30), r"layers\.2\.\S+ is missing"),
     "fewer layers": (change(n_layers=1), r"holds layers\.1\.\S+, which a LLaMA with num_hidden_layers 1 does not"),
@@ -375,7 +386,7 @@ DAMAGE = {
 def test_the_shard_that_is_missing_is_named_by_the_width_too(tmp_path):
     folder = write_meta(tmp_path, PARAMS, shards=2, embedding_axis=0)
     (folder / "consolidated.01.pth").unlink()
-    with pytest.raises(ValueError, match=r"of width 16, and .* makes it 32; consolidated\.01\.pth is missing, or"):
+    with pytest.raises(ValueError, match=r"of width 16, but .* implies 32; consolidated\.01\.pth is missing, or"):
         assert MetaFolder(folder).config
 
 
@@ -397,7 +408,7 @@ def test_copies_of_a_key_head_must_be_the_same(tmp_path):
 
 def test_a_shard_that_is_cut_or_no_zip_is_named(tmp_path):
     whole = (write_meta(tmp_path, PARAMS) / "consolidated.00.pth").read_bytes()
-    for data in (b"", b"PK", whole[:-100], whole[: len(whole) // 2], b"\x80\x02}q\x00."):
+    for data in (b"", b"PK", whole[:-100], whole[: len(whole) // 2], b"no zip"):
         (tmp_path / "consolidated.00.pth").write_bytes(data)
         with pytest.raises(ValueError, match=r"consolidated\.00\.pth is damaged"):
             reference.load(tmp_path)
@@ -411,7 +422,7 @@ def test_which_layout_a_folder_is_in(tmp_path):
     (tmp_path / "config too" / "config.json").write_text("{}")
     assert isinstance(open_checkpoint(tmp_path / "config too"), MetaFolder)
     for name in ("consolidated.00.pth", "params.json"):
-        with pytest.raises(ValueError, match=rf"{name} is a part of a model; give its folder, {tmp_path}/both"):
+        with pytest.raises(ValueError, match=rf"{name} is part of a model; give its folder, {tmp_path}/both"):
             open_checkpoint(tmp_path / "both" / name)
     assert reference.load(tmp_path / "both" / "model.safetensors")[0].keys() == PARAMS.keys()
     (tmp_path / "both" / "model.safetensors").rename(tmp_path / "both" / "mine.safetensors")

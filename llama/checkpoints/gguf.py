@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: weights (often quantised), configuration, tokenizer and chat template in one file.
 
-What differs from Hugging Face's layout: names; the rows of q and k, which stand in interleaved pairs; Llama 3.1's
-RoPE, which is stored as the divisors it comes to.
+It differs from Hugging Face's layout in the tensor names, in the rows of q and k, which are interleaved pairs, and in
+Llama 3.1's RoPE scaling, which is stored as the resulting divisors.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ..reference.rope import deinterleave
+from ..reference.config import Config
+from ..reference.rope import deinterleave, rope_frequencies
 from ..tokenization.building import LLAMA3_WORDS, sentencepiece_bpe
 from .names import EMBEDDING, HEAD, rename, rotated_heads
 from .stored import MappedFile, Stored, dtype_of, release, unreadable
@@ -28,7 +29,7 @@ CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 class GGUFFile:
-    """A `Checkpoint` in a `.gguf` file. Quantised tensors become float32 as they are read."""
+    """A `Checkpoint` in a `.gguf` file. Quantised tensors are dequantised to float32 when read."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,8 +39,13 @@ class GGUFFile:
             self._fields = dict(reader.fields)
             self._tensors = {rename(t.name, "gguf", "hugging_face") or t.name: t for t in reader.tensors}
             self._data = MappedFile(path)
-        except Exception as error:  # on damaged bytes the library raises whatever it trips over
-            raise unreadable(path, "no GGUF file", error) from error
+        except Exception as error:  # the library raises all kinds of exceptions on damaged bytes
+            raise unreadable(path, "not a GGUF file", error) from error
+        ends = 0
+        for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+            if tensor.data_offset < ends:
+                raise ValueError(f"{path} is damaged: {tensor.name} overlaps another tensor; download it again")
+            ends = int(tensor.data_offset + tensor.n_bytes)
         parts = self._field("split.count", 0)
         if parts not in (0, 1):
             raise ValueError(
@@ -48,7 +54,7 @@ class GGUFFile:
             )
         architecture = self._field("general.architecture")
         if architecture != "llama":
-            raise ValueError(f"{path} holds a model of architecture {architecture!r}; only 'llama' can be read")
+            raise ValueError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is supported")
 
     def _field(self, name: str, default: Any = None) -> Any:
         if name not in self._fields:
@@ -59,12 +65,12 @@ class GGUFFile:
             raise ValueError(f"{self.path} is damaged: its field {name} cannot be read ({error})") from error
 
     def _number(self, name: str, default: Any = None) -> Any:
-        """A required or defaulted number under "llama."; float32 as the short decimal that was meant (1e-05)."""
+        """A number under "llama.", required if without default; float32 as its shortest decimal (1e-05)."""
         value = self._field(f"llama.{name}", default)
         if value is None:
             raise ValueError(f"{self.path} lacks the field llama.{name}")
         if isinstance(value, list):
-            raise ValueError(f"{self.path}: llama.{name} differs by layer, which no LLaMA does")
+            raise ValueError(f"{self.path}: llama.{name} differs by layer, which is not supported")
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{self.path}: llama.{name} must be a number, got {value!r}")
         return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -78,7 +84,7 @@ class GGUFFile:
         head_dim = self._number("attention.key_length", hidden_size // max(heads, 1))
         if self._number("rope.dimension_count", head_dim) != head_dim:
             raise ValueError(
-                f"{self.path}: llama.rope.dimension_count must be the head's {head_dim}; LLaMA rotates it all"
+                f"{self.path}: llama.rope.dimension_count must be the head's {head_dim}; LLaMA rotates whole heads"
             )
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -103,18 +109,20 @@ class GGUFFile:
             "rope_theta": theta,
             "rope_scaling": scaling,
             "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
-            # norms are float32 in every file
+            # norms are always float32
             "torch_dtype": dtype_of(stored for stored in self.tensors.values() if len(stored.shape) == 2).name,
         }
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         if ROPE_DIVISORS in self._tensors:
-            # Llama 3.1's scaling, worked out to one divisor per frequency: exactly what longrope's lists are
-            divisors = [float(x) for x in self._array(self._tensors[ROPE_DIVISORS])]
-            return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
-                    "short_factor": divisors, "long_factor": divisors}  # fmt: skip
+            array = self._array(self._tensors[ROPE_DIVISORS])
+            divisors = [float(x) for x in array]
+            return _as_llama3(array, self._number("rope.freq_base", 10000.0)) or {
+                "rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
+                "short_factor": divisors, "long_factor": divisors,
+            }  # fmt: skip
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
-        kind = self._field("llama.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes it
+        kind = self._field("llama.rope.scaling.type", "linear" if factor else "none")  # llama.cpp's default
         if kind == "none":
             return None
         scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -124,9 +132,9 @@ class GGUFFile:
                 if (beta := self._number(f"rope.scaling.yarn_{name}", 0.0)) != 0:
                     scaling[name] = beta
         elif kind != "linear":
-            raise ValueError(f"{self.path}: llama.rope.scaling.type {kind!r} is unknown; known are none, linear, yarn")
+            raise ValueError(f"{self.path}: llama.rope.scaling.type {kind!r} is unknown; supported: none, linear, yarn")
         if self._number("rope.scaling.attn_factor", 1.0) != 1:
-            raise ValueError(f"{self.path}: llama.rope.scaling.attn_factor other than 1 cannot be read")
+            raise ValueError(f"{self.path}: llama.rope.scaling.attn_factor other than 1 is not supported")
         return scaling
 
     @cached_property
@@ -139,7 +147,7 @@ class GGUFFile:
 
     @property
     def kinds(self) -> dict[str, tuple[str, int]]:
-        """The type that each tensor has in the file, as "Q4_1", and its bytes there."""
+        """The type of each tensor in the file, such as "Q4_1", and its size there in bytes."""
         return {name: (self._tensors[name].tensor_type.name, int(self._tensors[name].n_bytes)) for name in self.tensors}
 
     def read(self, name: str) -> np.ndarray:
@@ -149,7 +157,7 @@ class GGUFFile:
         if heads is None:
             return data
         if len(data) % (2 * heads):
-            raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, too many or few for its heads")
+            raise ValueError(f"{self.path}: {tensor.name} has {len(data)} rows, which its heads do not divide evenly")
         reordered = deinterleave(data, heads)
         if not np.shares_memory(reordered, data):
             release(data)
@@ -170,12 +178,12 @@ class GGUFFile:
     def tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         if "tokenizer.ggml.model" not in self._fields:
             raise FileNotFoundError(
-                f"{self.path} holds no tokenizer; convert it, and put a tokenizer.json into the new folder"
+                f"{self.path} holds no tokenizer; convert it, and add a tokenizer.json to the new folder"
             )
         try:
             return self._build_tokenizer()
-        except Exception as error:  # the library raises plain Exception where parts do not fit together
-            raise ValueError(f"{self.path}: the tokenizer in it cannot be used: {error}") from error
+        except Exception as error:  # the library raises plain Exception for inconsistent parts
+            raise ValueError(f"{self.path}: its tokenizer cannot be used: {error}") from error
 
     def _build_tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         kind, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre", "default")
@@ -189,7 +197,7 @@ class GGUFFile:
             scores = self._field("tokenizer.ggml.scores", [])
             tokenizer = sentencepiece_bpe(tokens, scores, self._field("tokenizer.ggml.add_space_prefix", True))
         else:
-            raise ValueError(f"tokenizer.ggml.model {kind!r} is unknown; known are 'gpt2' and 'llama'")
+            raise ValueError(f"tokenizer.ggml.model {kind!r} is unknown; supported: 'gpt2' and 'llama'")
         tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True)
                                       for t, type_ in zip(tokens, types, strict=True) if type_ == CONTROL])  # fmt: skip
         tokenizer.add_tokens([AddedToken(t, normalized=False)
@@ -203,7 +211,7 @@ class GGUFFile:
                 config[f"{name}_token"] = tokens[number]
         if template := self._field("tokenizer.chat_template"):
             config["chat_template"] = template
-        opens = kind == "llama" or pre in LLAMA3_NAMES  # what llama.cpp does where the file does not say
+        opens = kind == "llama" or pre in LLAMA3_NAMES  # llama.cpp's default
         before = self._field("tokenizer.ggml.add_bos_token", opens) and config.get("bos_token")
         after = self._field("tokenizer.ggml.add_eos_token", False) and config.get("eos_token")
         if before or after:
@@ -216,8 +224,24 @@ class GGUFFile:
         return tokenizer, config
 
 
+def _as_llama3(divisors: np.ndarray, theta: float) -> dict[str, Any] | None:
+    """The parameters of Llama 3.1's RoPE, which GGUF stores as one divisor per frequency; None if it is another one."""
+    scaling = {"rope_type": "llama3", "factor": float(divisors.max(initial=1)), "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+
+    def frequencies(**rope: Any) -> np.ndarray:
+        sizes = {"hidden_size": 2 * len(divisors), "num_attention_heads": 1, "max_position_embeddings": 131072}
+        return rope_frequencies(Config.from_dict({**sizes, "rope_parameters": {"rope_theta": theta, **rope}}))[0]
+
+    try:
+        expected = frequencies(rope_type="default") / frequencies(**scaling)
+    except ValueError:  # no legal factor or theta
+        return None
+    return scaling if np.allclose(divisors, expected, rtol=1e-5, atol=0) else None
+
+
 def _stored(tensor: gguf.ReaderTensor) -> Stored:
-    """The shape in NumPy's order, and the dtype that it is read in."""
+    """The shape in NumPy's order, and the dtype that the tensor is read as."""
     dtype = DTYPES.get(tensor.tensor_type, np.dtype(np.float32))
     return Stored(dtype, tuple(int(size) for size in reversed(tensor.shape)))
 
@@ -225,7 +249,7 @@ def _stored(tensor: gguf.ReaderTensor) -> Stored:
 def check_header(path: Path) -> None:
     """Raise a ValueError unless every length in the metadata fits into the file.
 
-    The library believes the lengths it finds: with a damaged one it would run for hours and fill the memory.
+    The library trusts them: a damaged one could keep it running for hours and exhaust memory.
     """
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's scalar types, in bytes
     size = path.stat().st_size
@@ -236,32 +260,32 @@ def check_header(path: Path) -> None:
 
         def skip(count: int) -> None:
             if count > size - file.tell():
-                raise ValueError(f"{path} is damaged or cut short; fetch it anew")
+                raise ValueError(f"{path} is damaged or cut short; download it again")
             file.seek(count, 1)
 
         def skip_values(kind: int, count: int) -> None:
             if kind in sizes:
                 skip(count * sizes[kind])
-            elif kind == 8:  # strings, each behind its length
+            elif kind == 8:  # strings, each preceded by its length
                 skip(0 if count * 8 <= size else size + 1)
                 for _ in range(count):
                     skip(number())
-            else:  # arrays of arrays, which no file has, or no type at all
+            else:  # nested arrays, which no real file has, or an unknown type
                 skip(size + 1)
 
         if file.read(4) != b"GGUF" or number(4) not in (2, 3):
-            raise ValueError(f"{path} is no GGUF file of version 2 or 3")
+            raise ValueError(f"{path} is not a GGUF file of version 2 or 3")
         skip(8)  # the number of tensors
         for _ in range(number()):
             skip(number())
             kind = number(4)
-            if kind == 9:  # an array: its elements' type, their number, the elements
+            if kind == 9:  # an array: element type, count, elements
                 skip_values(number(4), number())
             else:
                 skip_values(kind, 1)
 
 
-# How text is cut before byte-pair encoding, by `tokenizer.ggml.pre`.
+# How text is split before byte-pair encoding, by `tokenizer.ggml.pre`.
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -280,9 +304,9 @@ PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
-    """GPT-2's kind of tokenizer, which Llama 3 and SmolLM use: pairs merged in the order of `merges`."""
+    """A GPT-2-style tokenizer, as used by Llama 3 and SmolLM: pairs are merged in the order of `merges`."""
     if pre not in PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre {pre!r} is unknown; known are {', '.join(PRE_TOKENIZERS)}")
+        raise ValueError(f"tokenizer.ggml.pre {pre!r} is unknown; supported: {', '.join(PRE_TOKENIZERS)}")
     vocab = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_NAMES))

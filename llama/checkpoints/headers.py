@@ -1,4 +1,4 @@
-"""What the headers of a model on the Hub say about it: a few requests instead of downloading the weights."""
+"""Read the headers of a model on the Hub: a few requests instead of downloading the weights."""
 
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,14 @@ INDEX = f"{WEIGHTS}.index.json"
 
 
 class Header(NamedTuple):
-    """What a safetensors file holds."""
+    """A safetensors file's header."""
 
     path: Path
     tensors: dict[str, Stored]
 
 
 class HeadersOnHub(HuggingFaceFolder):
-    """A `Checkpoint` whose configuration is in the cache, and whose weights stay on the Hub: they cannot be read."""
+    """A `Checkpoint` whose configuration is cached, while its weights stay on the Hub and cannot be read."""
 
     def __init__(self, repository: Repository, path: Path, single: bool):
         super().__init__(path)
@@ -44,7 +44,7 @@ class HeadersOnHub(HuggingFaceFolder):
         for tensor, entry in found.tensors.items():
             if entry.dtype not in DTYPES:
                 raise ValueError(
-                    f"{name}/{path.name}: {tensor} is stored as {entry.dtype}; known are {', '.join(DTYPES)}"
+                    f"{name}/{path.name}: {tensor} is stored as {entry.dtype}; supported: {', '.join(DTYPES)}"
                 )
         if not found.tensors:
             raise ValueError(f"{name}/{path.name} on the Hub holds no tensors")
@@ -52,10 +52,10 @@ class HeadersOnHub(HuggingFaceFolder):
 
 
 def headers_on_hub(where: str) -> HeadersOnHub | None:
-    """The model `where` ("org/name") of the Hub, in safetensors.
+    """Open the headers of the model `where` ("org/name") on the Hub, if it is in safetensors.
 
-    None where `open_checkpoint` has to look: it is a path or all in the cache, the network is not to be asked, or its
-    files are of another kind, which have to be downloaded.
+    Returns None where `open_checkpoint` has to be used instead: `where` is a path, an alias or a GGUF file, everything
+    is cached, the network must not be used, or the weights are in another format and have to be downloaded.
     """
     named = HUB_ID.fullmatch(where)
     if named is None or named[2] or where in ALIASES or expanded(where).exists():

@@ -19,9 +19,10 @@ from .stored import MappedFile, Stored, unreadable
 
 WEIGHTS = "model.safetensors"
 BIN = "pytorch_model.bin"
+MANIFEST = "conversion.json"  # what `llama convert` leaves in the folders it writes
 PART = r"(-\d{5}-of-\d{5})?"
 WEIGHT_FILES = re.compile(rf"(model{PART}\.safetensors|pytorch_model{PART}\.bin)(\.index\.json)?")
-# The types of safetensors that NumPy can hold.
+# The dtypes of safetensors that NumPy can represent.
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
           "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32,
           "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
@@ -29,10 +30,10 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 
 
 class HuggingFaceFolder:
-    """A `Checkpoint` in a folder. Nothing is read before it is asked for; tensors are mapped, not copied.
+    """A `Checkpoint` in a folder. Files are read lazily; tensors are memory-mapped, not copied.
 
     Args:
-        weights: the safetensors file to read, where it is called otherwise than model.safetensors.
+        weights: the name of the safetensors file, if not model.safetensors.
     """
 
     def __init__(self, path: Path, weights: str | None = None):
@@ -56,17 +57,17 @@ class HuggingFaceFolder:
 
     @property
     def files(self) -> list[Path]:
-        """Those that hold the weights."""
+        """The files that hold the weights."""
         return sorted({file.path for file in self._files.values()})
 
     @cached_property
     def _files(self) -> dict[str, Any]:
-        """Which file holds which tensor. transformers' order: safetensors before .bin, one file before shards."""
+        """The file of each tensor. As in transformers, safetensors come before .bin, a single file before shards."""
         for name, opened in ((self._weights or WEIGHTS, SafetensorsFile), (BIN, _torch_file)):
             if (self.path / name).exists():
                 file = opened(self.path / name)
                 if not file.tensors:
-                    raise ValueError(f"{file.path} holds no tensors; fetch it anew")
+                    raise ValueError(f"{file.path} holds no tensors; download it again")
                 return dict.fromkeys(file.tensors, file)
             index = self.path / f"{name}.index.json"
             if index.exists():
@@ -84,11 +85,11 @@ class HuggingFaceFolder:
         shards = {}
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard or shard in ("", ".", ".."):
-                raise ValueError(f"{index} points to {shard!r}, outside its own folder; only file names can be read")
+                raise ValueError(f"{index} points to {shard!r}, outside its own folder; it may only name files there")
             shards[shard] = opened(self.path / shard)
         for name, shard in weight_map.items():
             if name not in shards[shard].tensors:
-                raise ValueError(f"{index} looks for {name} in {shard}, which does not hold it; fetch both anew")
+                raise ValueError(f"{index} lists {name} in {shard}, which does not contain it; download both again")
         return {name: shards[shard] for name, shard in weight_map.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -105,18 +106,18 @@ class HuggingFaceFolder:
 
 
 def check_whole(folder: Path) -> None:
-    """Say what a folder is in which a file of a model is missing, where there is more to say than its name.
+    """Explain why a file of the model is missing from a folder, if there is more to say than the file's name.
 
     Raises:
-        FileNotFoundError: it is an unfinished conversion, or holds GGUF files or nothing of a model at all.
+        FileNotFoundError: the folder is an unfinished conversion, or holds GGUF files or no model at all.
     """
-    if (folder / "conversion.json").exists():
+    if (folder / MANIFEST).exists():
         raise FileNotFoundError(f"{folder} is an unfinished conversion; run the same `llama convert` again")
     if is_hugging_face(folder) or (folder / "config.json").exists() or any(folder.glob("consolidated.*.pth")):
         return
     if ggufs := sorted(folder.glob("*.gguf")):
         raise FileNotFoundError(
-            f"{folder} is no model, but holds {'one' if len(ggufs) == 1 else 'some'}; give {ggufs[0]}"
+            f"{folder} is not a model itself, but holds {'one' if len(ggufs) == 1 else 'some'}; give {ggufs[0]}"
         )
     raise FileNotFoundError(
         f"{folder} holds no model: no config.json with {WEIGHTS} or {BIN}, no params.json with consolidated.*.pth, "
@@ -136,7 +137,7 @@ def _torch_file(path: Path) -> Any:
         from .torch_files import TorchFile
     except ImportError as error:
         raise ValueError(
-            f"{path} is older than PyTorch 1.6: it can only be read with PyTorch, not installed"
+            f"{path} predates PyTorch 1.6 and can only be read with PyTorch, which is not installed"
         ) from error
     return TorchFile(path)
 
@@ -144,21 +145,20 @@ def _torch_file(path: Path) -> Any:
 class SafetensorsFile:
     """One safetensors file, memory-mapped.
 
-    The library checks it, so that every offset is known to be good. The reading is ours: the library's NumPy reader
-    copies.
+    The library validates the file, including every offset, but does not read the tensors: its NumPy reader copies.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            if path.exists():  # of a file that it may not open, the library says that there is none
+            if path.exists():  # the library says that a file it is not permitted to open does not exist
                 open(path, "rb").close()
             with safe_open(path, framework="numpy"):
                 self._data = MappedFile(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
         except (SafetensorError, OSError, MemoryError) as error:
-            raise unreadable(path, "no safetensors file", error) from error
+            raise unreadable(path, "not a safetensors file", error) from error
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -167,7 +167,7 @@ class SafetensorsFile:
         self._offsets: dict[str, int] = {}
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
+                raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; supported: {', '.join(DTYPES)}")
             self.tensors[name] = Stored(np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]))
             self._offsets[name] = 8 + length + entry["data_offsets"][0]
 
@@ -189,5 +189,5 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """`data` as transformers writes it: sorted, indented, a newline at the end."""
+    """Write `data` as transformers does: sorted, indented, with a trailing newline."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Folders in Meta's layout: consolidated.00.pth, consolidated.01.pth ... (the shards), params.json, tokenizer.model.
 
-What differs from Hugging Face's layout: names; every tensor is cut into as many parts as there are shards; the rows of
-q and k, which stand in interleaved pairs. params.json does not say all that config.json does: the rest is found in the
-shapes, and in what is known of each version.
+It differs from Hugging Face's layout in the tensor names, in splitting each tensor (except the norms) across all
+shards, and in the rows of q and k, which are interleaved pairs. params.json says less than config.json: the rest is
+inferred from the shapes and from what is known of each version.
 """
 
 import re
@@ -18,27 +18,28 @@ from tokenizers import Tokenizer
 from ..reference import Config, parameter_shapes
 from ..reference.rope import deinterleave
 from . import names
-from .huggingface import HuggingFaceFolder, check_whole, read_json
+from .huggingface import MANIFEST, HuggingFaceFolder, check_whole, read_json
 from .names import HEAD
 from .pickles import TorchZip
 from .stored import Stored, dtype_of, release
 
 PARAMS = "params.json"
+CONTEXT = "max_position_embeddings"  # in conversion.json
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 
-# By the names that Meta's and transformers' scripts give them: parameters in billions, and shards.
+# Billions of parameters and number of shards, by the names used in Meta's and transformers' scripts.
 SIZES = {"1B": (1.24, 1), "3B": (3.21, 1), "7B": (6.74, 1), "8B": (8.03, 1), "13B": (13.02, 2), "30B": (32.5, 4),
          "34B": (33.7, 4), "65B": (65.3, 8), "70B": (69.8, 8), "405B": (405.9, 8),
          "405B-MP16": (405.9, 16)}  # fmt: skip
 LENGTHS = {"1": 2048, "2": 4096, "3": 8192, "3.1": 131072, "3.2": 131072, "Guard-3": 131072}
-CODE_LENGTH = 16384  # Code Llama's, which is known by its rope_theta
-FACTORS = {"3.1": 8.0, "3.2": 32.0, "Guard-3": 8.0}  # of RoPE's scaling, where params.json asks for it
-LLAMA3_THETA, LLAMA3_VOCABULARY = 500000.0, 100_000  # Llama 3 has 128256 tokens, those before it 32000
+CODE_LENGTH = 16384  # Code Llama's, recognised by its rope_theta
+FACTORS = {"3.1": 8.0, "3.2": 32.0, "Guard-3": 8.0}  # default factors of the scaled RoPE
+LLAMA3_THETA, LLAMA3_VOCABULARY = 500000.0, 100_000  # Llama 3 has 128256 tokens, earlier versions 32000
 
 
 class Part(NamedTuple):
-    """How a tensor lies in the shards: Meta's name, the axis it is cut along (None: every shard has it whole), and how
-    many shards in a row hold the same part."""
+    """How the shards hold a tensor: Meta's name, the axis it is split along (None: every shard has the whole tensor),
+    and how many consecutive shards hold the same part."""
 
     name: str
     axis: int | None
@@ -46,17 +47,17 @@ class Part(NamedTuple):
 
 
 class MetaFolder:
-    """A `Checkpoint` in a folder. Needs no torch; a tensor is put together from the mapped shards as it is read.
+    """A `Checkpoint` in a folder, read without torch. Tensors are assembled from memory-mapped shards as they are read.
 
     Args:
-        path: where params.json is; or the folder above, which holds tokenizer.model and the model's folder.
-        model_size, llama_version, num_shards: what the files are said to hold, as transformers' script takes it: "7B",
-            "3.1", 1. The files are checked against it. A version also decides where they leave open which it is.
-        instruct: whether a Llama 3 is one to talk with, which ends with other tokens; by default if the name of its
-            folder or repository says so. The files do not.
+        path: the folder with params.json; or its parent, which holds tokenizer.model and the model's folder.
+        model_size, llama_version, num_shards: what the files should contain, as in transformers' script: "7B", "3.1",
+            1. The files are checked against it. llama_version also decides where the files are ambiguous.
+        instruct: whether a Llama 3 is an instruct model, which has more eos tokens. The files do not say; by default,
+            the name of the folder or repository decides.
 
     Raises:
-        ValueError, OSError: a file is missing or damaged, or another than it should be; the message names it.
+        ValueError, OSError: a file is missing, damaged or not as expected; the message names it.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class MetaFolder:
     ):
         if not path.is_dir():
             raise ValueError(
-                f"{path} is no folder of Meta's files, which model_size, llama_version, num_shards and instruct speak "
-                "of; leave these out, or give a folder that holds consolidated.00.pth"
+                f"{path} is not a folder of Meta's files, the only kind that model_size, llama_version, num_shards and "
+                "instruct apply to; leave these out, or give a folder that holds consolidated.00.pth"
             )
         self.path = _model_folder(path, model_size)
         if llama_version is not None and llama_version not in LENGTHS:
             raise ValueError(f"llama_version must be one of {', '.join(LENGTHS)}, got {llama_version!r}")
         self._said_version = llama_version
-        self._instruct = called_instruct(self.path) if instruct is None else instruct
+        self.instruct = called_instruct(self.path) if instruct is None else instruct
         self.files = _shard_files(self.path)
         size = _size(model_size)
         for name, wanted in (("num_shards", num_shards), ("model_size", size and size[1])):
@@ -85,14 +86,14 @@ class MetaFolder:
                 raise ValueError(
                     f"{self.path} holds {len(self.files)} shard{'s' * (len(self.files) != 1)}; {name} {given} means "
                     f"{wanted}. "
-                    "Correct it or leave it out, or fetch the shards that are missing"
+                    "Correct it or leave it out, or download the missing shards"
                 )
         count = sum(self.tensors[n].size for n in self.tensors if n != HEAD or not self._tied) / 1e9 if size else 0.0
         if size and abs(count / size[0] - 1) > 0.03:
             held = f"{count:.2f} billion" if count > 0.1 else f"{count * 1e9:,.0f}"
             raise ValueError(
-                f"{self.path} holds {held} parameters; model_size {model_size} means {size[0]}. "
-                "Correct it or leave it out"
+                f"{self.path} holds {held} parameters, but model_size {model_size} means {size[0]} billion; "
+                "correct it or leave it out"
             )
 
     @cached_property
@@ -100,7 +101,14 @@ class MetaFolder:
         """The contents of params.json."""
         if not (self.path / PARAMS).exists():
             check_whole(self.path)
-        return read_json(self.path / PARAMS, hint="Meta's checkpoints have it beside their consolidated.*.pth")
+        return read_json(self.path / PARAMS, hint="Meta's checkpoints have it next to their consolidated.*.pth")
+
+    @cached_property
+    def _context(self) -> int | None:
+        """The context length that `llama convert` recorded; Meta's own code would reject it in params.json."""
+        path = self.path / MANIFEST
+        length = read_json(path).get(CONTEXT) if path.exists() else None
+        return length if isinstance(length, int) and 0 < length < 2**31 else None
 
     @cached_property
     def _shards(self) -> list[TorchZip]:
@@ -109,14 +117,14 @@ class MetaFolder:
             written = SHARD.fullmatch(f"{shard.folder}.pth")
             if written and int(written[1]) != number:
                 raise ValueError(
-                    f"{shard.path} was written as {written[0]}: the shards have changed places; rename it back, or "
-                    "fetch them anew"
+                    f"{shard.path} was written as {written[0]}: the shards have been renamed; rename them back, or "
+                    "download them again"
                 )
         return shards
 
     @cached_property
     def version(self) -> str:
-        """The version of LLaMA: as said, else "1" (float16), "2" (and Code Llama), "3", "3.1" or "3.2" (tied)."""
+        """The given LLaMA version, else "1" (float16), "2" (also Code Llama), "3", "3.1" or "3.2" (tied)."""
         scaled = self.params.get("use_scaled_rope")
         third = bool(scaled) or self._theta == LLAMA3_THETA or self._vocab_size > LLAMA3_VOCABULARY
         if scaled:
@@ -128,10 +136,10 @@ class MetaFolder:
             found = ["1", "2"] if half and "n_kv_heads" not in self.params else ["2", "1"]
         legal = set(found) | ({"Guard-3"} if scaled else set())
         if scaled is None and third:
-            legal |= {"3", *FACTORS}  # what is said decides where the files do not
+            legal |= {"3", *FACTORS}  # the files are ambiguous, so the given version decides
         if self._said_version not in (None, *legal):
             raise ValueError(
-                f"{self.path} holds a LLaMA of version {' or '.join(sorted(legal))} by its vocabulary and {PARAMS}, "
+                f"{self.path} holds LLaMA {' or '.join(sorted(legal))} according to its vocabulary and {PARAMS}, "
                 f"not {self._said_version}; correct llama_version or leave it out"
             )
         return self._said_version or found[0]
@@ -167,7 +175,7 @@ class MetaFolder:
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": self._number("max_seq_len", length),
+            "max_position_embeddings": self._number("max_seq_len", self._context or length),
             "rms_norm_eps": params.get("norm_eps", 1e-5),
             "attention_bias": "layers.0.attention.wq.bias" in self._shards[0].tensors,
             "mlp_bias": "layers.0.feed_forward.w1.bias" in self._shards[0].tensors,
@@ -182,14 +190,14 @@ class MetaFolder:
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """How Meta's own examples draw."""
+        """The sampling settings of Meta's own examples."""
         return {"do_sample": True, "temperature": 0.6, "top_p": 0.9, **self._ends}
 
     @property
     def _ends(self) -> dict[str, Any]:
-        """The tokens at the beginning and the end; None where the vocabulary does not reach to them."""
+        """The bos and eos tokens; None where the vocabulary is too small to contain them."""
         first, last = (1, [2]) if self.version in ("1", "2") else (128000, [128001])
-        known = [end for end in last + [128008, 128009] * self._instruct if end < self._vocab_size]
+        known = [end for end in last + [128008, 128009] * self.instruct if end < self._vocab_size]
         return {
             "bos_token_id": first if first < self._vocab_size else None,
             "eos_token_id": known if len(known) > 1 else known[0] if known else None,
@@ -225,16 +233,16 @@ class MetaFolder:
 
     @property
     def only_tokenizer_json(self) -> bool:
-        """Whether Hugging Face's tokenizer.json lies there, and no tokenizer.model."""
+        """Whether the folder has Hugging Face's tokenizer.json but no tokenizer.model."""
         return (self.path / "tokenizer.json").exists() and not (self.path / "tokenizer.model").exists()
 
     @property
     def tokenizer_model(self) -> Path:
-        """The file tokenizer.model, beside params.json or, as for LLaMA 1, in the folder above."""
+        """The file tokenizer.model, next to params.json or, as for LLaMA 1, in the parent folder."""
         path = self.path / "tokenizer.model"
         above = self.path.absolute().parent / path.name
         if not path.exists() and not above.exists():
-            raise FileNotFoundError(f"{path} does not exist, nor {above}: the tokenizer is read from there")
+            raise FileNotFoundError(f"{path} does not exist, nor does {above}: the tokenizer is read from one of them")
         return path if path.exists() else above
 
     # -- what the files say -------------------------------------------------------------------------------------------
@@ -247,10 +255,10 @@ class MetaFolder:
         return value
 
     def _first(self, name: str) -> Stored:
-        """What the first shard holds of a matrix."""
+        """The first shard's part of a matrix."""
         stored = self._shards[0].tensors.get(name)
         if stored is None:
-            raise ValueError(f"{self.files[0]} lacks the tensor {name}; it is no LLaMA of Meta's, or damaged")
+            raise ValueError(f"{self.files[0]} lacks the tensor {name}; it is not one of Meta's models, or damaged")
         if len(stored.shape) != 2:
             raise ValueError(f"{self.files[0]}: {name} has shape {stored.shape}; it should be a matrix")
         return stored
@@ -264,7 +272,7 @@ class MetaFolder:
 
     @cached_property
     def _embedding_axis(self) -> int:
-        """Llama 1 and 2 cut the embedding along its width, Llama 3 along the vocabulary."""
+        """Llama 1 and 2 split the embedding along its width, Llama 3 along the vocabulary."""
         width, shards = self._number("dim"), len(self.files)
         shape = self._first("tok_embeddings.weight").shape
         if shape[1] == width:
@@ -286,14 +294,14 @@ class MetaFolder:
         said = self.params.get("vocab_size", -1)
         if said not in (-1, None, found):
             raise ValueError(
-                f"{self.path}: {len(self.files)} shard(s) hold an embedding of {found} tokens, and {PARAMS} says "
+                f"{self.path}: {len(self.files)} shard(s) hold an embedding of {found} tokens, but {PARAMS} says "
                 f"{said!r}; {self._missing(said, found)}"
             )
         return found
 
     @cached_property
     def _tied(self) -> bool:
-        """Whether the head is the embedding: there is none, or the first rows are the same (the rest is not read)."""
+        """Whether the head is tied: it is absent, or its first rows equal the embedding's (the rest is not read)."""
         head = self._shards[0].tensors.get("output.weight")
         if head is None:
             return True
@@ -303,7 +311,7 @@ class MetaFolder:
         return bool(rows.any()) and np.array_equal(rows, same)
 
     def _check_intermediate(self, width: int, found: int) -> None:
-        """Whether Meta's formula gives the width that was found."""
+        """Check the width of the MLP against Meta's formula."""
         if "multiple_of" not in self.params:
             return
         multiple, factor = self._number("multiple_of"), self.params.get("ffn_dim_multiplier")
@@ -312,24 +320,24 @@ class MetaFolder:
         expected = intermediate_size(width, multiple, factor)
         if expected != found:
             raise ValueError(
-                f"{self.path}: {len(self.files)} shard(s) hold an MLP of width {found}, and {PARAMS} makes it "
+                f"{self.path}: {len(self.files)} shard(s) hold an MLP of width {found}, but {PARAMS} implies "
                 f"{expected}; {self._missing(expected, found)}"
             )
 
     def _missing(self, whole: Any, found: int) -> str:
-        """Which shards are missing if they hold `found` of something, and should hold `whole`."""
+        """Which shards are probably missing if those present hold `found` of something instead of `whole`."""
         if isinstance(whole, int) and found and whole > found and whole * len(self.files) % found == 0:
             return f"consolidated.{len(self.files):02}.pth is missing, or {PARAMS} is another model's"
         return f"a shard is missing, or {PARAMS} is another model's"
 
-    # -- how it lies in the shards ------------------------------------------------------------------------------------
+    # -- the layout of the shards -------------------------------------------------------------------------------------
 
     @cached_property
     def _layout(self) -> dict[str, tuple[Part, Stored]]:
-        """Every tensor by Hugging Face's name: how it is cut, and what it is whole. All shards are checked.
+        """How each tensor is split, and its full dtype and shape, by Hugging Face's name. Checks all shards.
 
         Raises:
-            ValueError: a shard lacks a tensor, or holds one too many or of another shape or type.
+            ValueError: a shard lacks a tensor, or has an unexpected one or one of the wrong shape or dtype.
         """
         fields = self.config
         try:
@@ -347,19 +355,26 @@ class MetaFolder:
             if part.axis is not None and (
                 shape[part.axis] % cut or (names.rotated_heads(name, self.config) or cut) % cut
             ):
-                raise ValueError(f"{self.path}: {part.name} of shape {shape} cannot lie in {shards} equal shards")
+                raise ValueError(f"{self.path}: {part.name} of shape {shape} cannot be split into {shards} equal parts")
             expected = tuple(n // cut if axis == part.axis else n for axis, n in enumerate(shape))
             for shard in self._shards:
                 stored = shard.tensors.get(part.name)
                 if stored is None:
-                    raise ValueError(f"{shard.path}: the tensor {part.name} is missing; fetch it anew")
+                    raise ValueError(f"{shard.path}: the tensor {part.name} is missing; download it again")
                 dtype = self._shards[0].tensors[part.name].dtype
                 if stored.shape != expected or stored.dtype != dtype:
                     raise ValueError(
                         f"{shard.path}: {part.name} is {stored.dtype} of shape {stored.shape}; {PARAMS} and {shards} "
-                        f"shard(s) ask for {dtype} of {expected}. A shard is missing or another model's"
+                        f"shard(s) ask for {dtype} of {expected}. A shard is missing or from another model"
                     )
             layout[name] = part, Stored(dtype, shape)
+        for shard in self._shards:
+            frequencies = shard.tensors.get("rope.freqs")
+            if frequencies is not None and 2 * frequencies.size != config.head_dim:
+                raise ValueError(
+                    f"{shard.path}: rope.freqs is for heads of size {2 * frequencies.size}, but {PARAMS} gives "
+                    f"{config.head_dim}; its n_heads is wrong, or it is another model's"
+                )
         for shard in self._shards:
             if unknown := sorted(shard.tensors.keys() - known):
                 raise ValueError(
@@ -370,7 +385,7 @@ class MetaFolder:
 
     def _part(self, name: str, config: Config) -> Part:
         found, shards = names.find(name, "hugging_face"), len(self.files)
-        assert found is not None  # the table has all that a LLaMA has
+        assert found is not None  # the table has every tensor of LLaMA
         row, _, kind = found
         meta = names.rename(name, "hugging_face", "meta")
         assert meta is not None
@@ -381,14 +396,15 @@ class MetaFolder:
         return Part(meta, axis, shards // config.num_key_value_heads if shared else 1)
 
     def _check_copies(self, name: str, part: Part, pieces: list[np.ndarray]) -> None:
-        """What several shards hold must be the same in all of them: else they are not of one model."""
+        """Check that the copies of a part in several shards are equal; if not, the shards are of different models."""
         if part.copies > 1 or part.axis is None:
             for number, shard in enumerate(self._shards):
                 kept = pieces[0 if part.axis is None else number // part.copies]
                 copy = shard.read(part.name)
                 if not np.array_equal(kept.view(f"u{kept.itemsize}"), copy.view(f"u{kept.itemsize}")):
                     raise ValueError(
-                        f"{shard.path} holds another {part.name} than the shards before it; they are not of one model"
+                        f"{shard.path} holds another {part.name} than the shards before it; they are from different "
+                        "models"
                     )
                 if not np.shares_memory(kept, copy):
                     release(copy)
@@ -402,7 +418,7 @@ def intermediate_size(dim: int, multiple_of: int, multiplier: float | None) -> i
 
 
 def is_meta(path: Path) -> bool:
-    """Whether a folder is in Meta's layout: the shards or params.json are there, or in one of its folders."""
+    """Whether a folder is in Meta's layout: it has shards or params.json, or a subfolder has params.json."""
     here = any(SHARD.fullmatch(file.name) for file in path.iterdir())
     if here or (path / "config.json").exists():
         return here
@@ -414,7 +430,7 @@ def _folders_below(path: Path) -> list[Path]:
 
 
 def _model_folder(path: Path, model_size: str | None) -> Path:
-    """`path`, or the folder in it that holds params.json: that called after the size, or the only one."""
+    """`path`, or its subfolder with params.json: the one named after the size, or the only one."""
     if (path / PARAMS).exists():
         return path
     below = _folders_below(path)
@@ -426,7 +442,7 @@ def _model_folder(path: Path, model_size: str | None) -> Path:
 
 
 def called_instruct(folder: Path) -> bool:
-    """Whether the folder's name says so; on the Hub Meta's files lie in "original", and its cache names commits."""
+    """Whether the folder's name, or in the Hub's cache the repository's, says so; "original" takes its parent's."""
     folder = folder.resolve()
     folder = folder.parent if folder.name == "original" else folder
     return "instruct" in (folder.parent.parent if folder.parent.name == "snapshots" else folder).name.lower()
@@ -435,15 +451,18 @@ def called_instruct(folder: Path) -> bool:
 def _shard_files(folder: Path) -> list[Path]:
     numbered = {int(found[1]): file for file in folder.iterdir() if (found := SHARD.fullmatch(file.name))}
     if not numbered:
-        raise FileNotFoundError(f"{folder} holds no consolidated.00.pth: there are no weights to read")
+        raise FileNotFoundError(
+            f"{folder} holds no consolidated.00.pth, so it is not in Meta's layout, the only one that model_size, "
+            "llama_version, num_shards and instruct apply to"
+        )
     for number in range(max(numbered)):
         if number not in numbered:
-            raise FileNotFoundError(f"{folder / f'consolidated.{number:02}.pth'} does not exist; fetch it anew")
+            raise FileNotFoundError(f"{folder / f'consolidated.{number:02}.pth'} does not exist; download it again")
     return [numbered[number] for number in sorted(numbered)]
 
 
 def _size(model_size: str | None) -> tuple[float, int] | None:
-    """Billions of parameters and shards of "7B", or "7Bf", as LLaMA 2's chat models are called."""
+    """Billions of parameters and number of shards of "7B", or of "7Bf", as LLaMA 2's chat models are called."""
     if model_size is None:
         return None
     size = SIZES.get(model_size) or SIZES.get(model_size.removesuffix("f"))

@@ -1,4 +1,4 @@
-"""A checkpoint as Meta lays it out: what each consolidated.NN.pth holds, and params.json."""
+"""A checkpoint in Meta's layout: the contents of each consolidated.NN.pth, and of params.json."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,21 +16,21 @@ from .stored import Stored, release
 if TYPE_CHECKING:
     from . import Checkpoint
 
-# (multiple_of, ffn_dim_multiplier) of the models that Meta has published
+# (multiple_of, ffn_dim_multiplier) of Meta's published models
 FEED_FORWARDS = ((256, None), (1024, 1.3), (256, 1.5), (256, 1.0), (1024, 1.0), (4096, 1.3), (4096, 1.2), (4096, 1.0))
 
 
 class MetaShard:
-    """What shard `number` of `count` holds, under Meta's names: slices of the checkpoint's tensors, read one by one.
+    """Shard `number` of `count`: slices of the checkpoint's tensors under Meta's names, read one by one.
 
-    The rows of q and k stand in pairs. With fewer key and value heads than shards each head is in several.
+    The rows of q and k are interleaved pairs. With fewer key and value heads than shards, several shards share a head.
 
     Args:
-        embedding_axis: what the embedding is cut along; None: its width as in Llama 1 and 2, or the vocabulary as in
-            Llama 3, and where the head is the embedding, so that they are equal in each shard.
+        embedding_axis: the axis that the embedding is split along. By default its width as in Llama 1 and 2, or the
+            vocabulary as in Llama 3 and for a tied head, so that the two are equal in each shard.
 
     Raises:
-        ValueError: a tensor has no place in Meta's layout, or cannot be cut into so many.
+        ValueError: Meta's layout cannot store a tensor, or a tensor cannot be split evenly.
     """
 
     def __init__(self, checkpoint: "Checkpoint", number: int, count: int, embedding_axis: int | None = None):
@@ -44,14 +44,14 @@ class MetaShard:
 
     @cached_property
     def _sources(self) -> dict[str, str]:
-        """Meta's names, and the checkpoint's. A head that is the embedding is written out, as Meta does."""
+        """The checkpoint's names by Meta's. A tied head is written out, as Meta does."""
         sources = {}
         for name in self.checkpoint.tensors:
             renamed = rename(name, "hugging_face", "meta")
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             if renamed is None or name.endswith(".bias"):
-                raise ValueError(f"{self.checkpoint.path}: {name} has no place in Meta's layout")
+                raise ValueError(f"{self.checkpoint.path}: {name} cannot be stored in Meta's layout")
             sources[renamed] = name
         if HEAD not in self.checkpoint.tensors:
             sources["output.weight"] = EMBEDDING
@@ -67,9 +67,9 @@ class MetaShard:
         return tensors
 
     def _part(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Along which axis a tensor is cut, and from where to where this shard has it."""
+        """The axis a tensor is split along, and where this shard's slice starts and stops."""
         found = find(name, "meta")
-        assert found is not None  # `_sources` has names of the table alone
+        assert found is not None  # `_sources` only has names from the table
         row, _, _ = found
         axis = self._embedding_axis if row.meta == "tok_embeddings" else row.axis
         if axis is None:
@@ -84,7 +84,7 @@ class MetaShard:
         if units % count:
             raise ValueError(
                 f"num_shards ({self.count}) must divide the heads, the widths and the vocabulary: "
-                f"{name} of shape {shape} has {units} heads or rows to cut"
+                f"{name} of shape {shape} has {units} heads or rows to split"
             )
         length = shape[axis] // count
         return axis, number * length, (number + 1) * length
@@ -97,17 +97,17 @@ class MetaShard:
         heads = rotated_heads(source, self._heads)
         if heads is None:
             return part
-        # every head's rows stay together, so that a part can be reordered alone
+        # a head is never split, so each part can be reordered on its own
         paired = interleave(part, heads * len(part) // len(array))
         release(part)
         return paired
 
 
 def params_json(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The contents of params.json for a model of this configuration.
+    """The contents of params.json for a model with this configuration.
 
     Raises:
-        ValueError: Meta's code computes no such model; the message names the field.
+        ValueError: Meta's code does not support the model; the message names the field.
     """
     said = Config.from_dict(dict(config))
     rope = said.rope_parameters
@@ -124,29 +124,33 @@ def params_json(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if is_so not in legal:
             what = "head_dim · num_attention_heads" if field == "head_dim" else field
             can_be = " or ".join(map(repr, legal))
-            raise ValueError(f"{path}: {what} is {is_so!r}, and in Meta's layout it can only be {can_be}")
+            raise ValueError(f"{path}: {what} is {is_so!r}, but in Meta's layout it can only be {can_be}")
     out: dict[str, Any] = {
         "dim": said.hidden_size,
         "n_layers": said.num_hidden_layers,
         "n_heads": said.num_attention_heads,
-        "n_kv_heads": said.num_key_value_heads,
         "vocab_size": said.vocab_size,
         "norm_eps": said.rms_norm_eps,
-        "rope_theta": rope["rope_theta"],
         **_feed_forward(said.hidden_size, said.intermediate_size),
     }
+    # The code of each LLaMA version rejects the keys of later ones, so defaults are left out.
+    if said.num_key_value_heads != said.num_attention_heads:
+        out["n_kv_heads"] = said.num_key_value_heads
+    if rope["rope_theta"] != 10000 or said.vocab_size > LLAMA3_VOCABULARY:
+        out["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] == "llama3":
-        out |= {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"],
-                "rope_high_freq_factor": rope["high_freq_factor"]}  # fmt: skip
+        out["use_scaled_rope"] = True
+        if (rope["factor"], rope["high_freq_factor"]) != (8, 4) or said.tie_word_embeddings:
+            out |= {"rope_scaling_factor": rope["factor"], "rope_high_freq_factor": rope["high_freq_factor"]}
     return out
 
 
 def _feed_forward(dim: int, width: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` that give this width: a published model's where they do."""
+    """`multiple_of` and `ffn_dim_multiplier` that yield this width, if possible a published model's."""
     for multiple_of, multiplier in FEED_FORWARDS:
         if intermediate_size(dim, multiple_of, multiplier) == width:
             said = {"multiple_of": multiple_of}
             return said if multiplier is None else said | {"ffn_dim_multiplier": multiplier}
-    # any other: in the middle of the step that is rounded up to it
+    # otherwise aim at the middle of the interval that is rounded up to the width
     multiple_of = width & -width
     return {"multiple_of": multiple_of, "ffn_dim_multiplier": (width - multiple_of // 2 + 0.25) / int(8 * dim / 3)}

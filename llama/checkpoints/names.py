@@ -1,4 +1,4 @@
-"""One table of the tensors' names, in Hugging Face's, Meta's and llama.cpp's files."""
+"""Tensor names in Hugging Face's, Meta's and llama.cpp's files."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -8,9 +8,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Row(NamedTuple):
-    """A tensor's name in each layout, without ".weight" or ".bias", and the axis that Meta's shards are cut along.
+    """A tensor's name in each layout, without ".weight" or ".bias", and the axis that Meta's shards split it along.
 
-    An axis of None: every shard has it whole. The embedding's is 1 in Llama 1 and 2, and 0 in Llama 3.
+    An axis of None means that every shard has the whole tensor. The embedding's is 1 in Llama 1 and 2, 0 in Llama 3.
     """
 
     hugging_face: str
@@ -37,15 +37,15 @@ LAYER = (
 )
 LAYERS = Row("model.layers.", "layers.", "blk.", None)  # before the layer's number
 
-# Whose rows stand in pairs in Meta's files and llama.cpp's, and in halves in Hugging Face's: the field of the
-# configuration that counts their heads.
+# The projections whose rows are interleaved pairs in Meta's and llama.cpp's files but halves in Hugging Face's, and the
+# configuration field with their number of heads.
 ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def find(name: str, layout: Layout) -> tuple[Row, str, str] | None:
-    """The row of a name, the layer's number ("" outside of the layers) and what follows (".weight", ".bias").
+    """Look up a name: its row, the layer's number ("" outside the layers) and the suffix (".weight" or ".bias").
 
-    None for a name that is not in the table.
+    Returns None for a name that is not in the table.
     """
     stem, dot, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
@@ -72,6 +72,6 @@ def rename(name: str, source: Layout, target: Layout) -> str | None:
 
 
 def rotated_heads(name: str, config: dict[str, Any]) -> int | None:
-    """The heads by which the rows of this tensor (Hugging Face's name) are reordered; None for all but q and k."""
+    """The number of heads whose rows are reordered in this tensor (Hugging Face's name); None for all but q and k."""
     field = ROTATED.get(name.split(".")[-2]) if name.count(".") > 1 else None
     return None if field is None else config[field]

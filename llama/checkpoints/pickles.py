@@ -1,7 +1,7 @@
-"""Files that torch.save wrote, read without torch.
+"""Read files written by torch.save, without torch.
 
-Such a file is a zip of one pickle, which describes the tensors, and of the tensors' bytes. A pickle is a program. The
-reader here knows the few instructions that tensors by name are made of, stops at any other, and calls nothing.
+Such a file is a zip archive of the tensors' bytes and a pickle that describes the tensors. A pickle is a program: the
+reader here implements the few opcodes that a state dict needs, rejects all others, and calls nothing.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 
 from .stored import MappedFile, Stored, unreadable
 
-LARGEST, LONGEST = 1 << 22, 1 << 19  # bytes and instructions of a pickle: that of 405B has about a tenth of either
+LARGEST, LONGEST = 1 << 22, 1 << 19  # a pickle's bytes and opcodes: 405B's has about a tenth of either
 STORAGES = {"DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
             "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
             "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
@@ -28,7 +28,7 @@ KNOWN = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_para
 
 
 class Storage(NamedTuple):
-    """The member of the zip that holds a tensor's numbers."""
+    """The zip member that holds a tensor's data; `length` counts elements."""
 
     key: str
     dtype: np.dtype
@@ -36,7 +36,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor: where in its storage it stands, in elements."""
+    """A tensor as a view of its storage; the offset and strides are in elements."""
 
     storage: Storage
     offset: int
@@ -45,20 +45,22 @@ class View(NamedTuple):
 
 
 class TorchZip:
-    """The tensors of a file, mapped. `folder` is the one that all lies in: torch.save calls it after the file, less the
-    suffix, where it knows the name.
+    """The tensors of a file, memory-mapped. `folder` is the archive's top-level folder, which torch.save names after
+    the file, without its suffix, if it knows the name.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        if path.is_file() and _is_legacy(path):
+            raise ValueError(f"{path} has the format from before PyTorch 1.6; torch.load it, and torch.save it again")
         try:
             views, self._offsets, self.folder = _contents(path)
             self._data = MappedFile(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist, though the model's index names it") from error
         except IsADirectoryError as error:
-            raise ValueError(f"{path} is a folder; it should be a file that torch.save wrote") from error
-        except Exception as error:  # the readers of zip and pickle raise of all kinds
+            raise ValueError(f"{path} is a folder; it should be a file written by torch.save") from error
+        except Exception as error:  # zipfile and pickletools raise all kinds of exceptions
             raise unreadable(path, "holds more than tensors", error) from error
         if not isinstance(views, dict) or not all(
             isinstance(name, str) and isinstance(view, View) for name, view in views.items()
@@ -67,8 +69,8 @@ class TorchZip:
         for name, (storage, _, shape, _) in views.items():
             if math.prod(shape) > storage.length:
                 raise ValueError(
-                    f"{path}: {name} of shape {shape} repeats the {storage.length} numbers it has, as expand() makes "
-                    "it; save it anew after contiguous()"
+                    f"{path}: {name} of shape {shape} repeats its {storage.length} elements, as expand() does; "
+                    "call contiguous() and save it again"
                 )
         self._views: dict[str, View] = views
         self.tensors = {name: Stored(view.storage.dtype, view.shape) for name, view in views.items()}
@@ -83,35 +85,40 @@ class TorchZip:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether this is what PyTorch writes since 1.6; what it wrote before only PyTorch can read."""
+    """Whether this is the format of PyTorch 1.6 and later; only PyTorch can read the format before it."""
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
 
 
+def _is_legacy(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x80\x02"  # pickle protocol 2, as torch.save has always written
+
+
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of an array of this shape that lies in one piece, in elements."""
+    """The strides of a contiguous array of this shape, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _contents(path: Path) -> tuple[Any, dict[str, int], str]:
-    """What the pickle describes, every tensor in it checked against its storage; where each storage begins; the folder
-    that all lies in.
+    """What the pickle describes, with every tensor checked against its storage; each storage's offset in the file; the
+    archive's top-level folder.
     """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         members = {}
         for info in archive.infolist():
-            _, _, name = info.filename.partition("/")  # behind a folder of any name
+            _, _, name = info.filename.partition("/")  # without the top-level folder
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
                 raise ValueError(f"its member {name} is compressed, which PyTorch never does")
             if name in members:
-                raise ValueError(f"its member {name} is there twice")
+                raise ValueError(f"its member {name} appears twice")
             members[name] = info
         if "data.pkl" not in members:
             raise ValueError("it has no data.pkl")
         if members["data.pkl"].file_size > LARGEST:
             raise ValueError("its data.pkl is too large")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-            raise ValueError("its numbers are big-endian, which cannot be read")
+            raise ValueError("its data is big-endian, which is not supported")
         reader = PickleReader()
         contents = reader.run(archive.read(members["data.pkl"]))
         size = file.seek(0, io.SEEK_END)
@@ -124,7 +131,7 @@ def _contents(path: Path) -> tuple[Any, dict[str, int], str]:
                 info = members[f"data/{storage.key}"]
                 file.seek(
                     info.header_offset + 26
-                )  # the lengths of a name and of padding stand between here and the data
+                )  # the lengths of the name and the extra field, which come before the data
                 offsets[storage.key] = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             held = members[f"data/{storage.key}"].file_size
             last = view.offset + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
@@ -136,7 +143,7 @@ def _contents(path: Path) -> tuple[Any, dict[str, int], str]:
 
 
 class PickleReader:
-    """A machine for the instructions that tensors by name are pickled with."""
+    """An interpreter for the opcodes of a pickled state dict."""
 
     def __init__(self) -> None:
         self.views: list[View] = []
@@ -145,10 +152,10 @@ class PickleReader:
         self._memo: dict[int, Any] = {}
 
     def run(self, pickle: bytes) -> Any:
-        """What the pickle describes.
+        """Return what the pickle describes.
 
         Raises:
-            ValueError: it holds anything but dictionaries, lists, texts, numbers and tensors. LookupError, TypeError:
+            ValueError: it holds anything but dictionaries, lists, strings, numbers and tensors. LookupError, TypeError:
                 it is damaged.
         """
         for number, (code, argument, _) in enumerate(pickletools.genops(pickle)):
@@ -202,7 +209,7 @@ class PickleReader:
             case "BUILD":  # a state dict's _metadata
                 stack.pop()
                 if not isinstance(stack[-1], dict):
-                    raise ValueError("it sets attributes of something")
+                    raise ValueError("it sets attributes of an object")
             case _:
                 raise ValueError(f"the pickle in it uses {code}")
 
@@ -217,7 +224,7 @@ class PickleReader:
         kind, (_, name), key, _, length = said
         texts = isinstance(name, str) and isinstance(key, str)
         if kind != "storage" or not texts or name not in STORAGES or not natural(length):
-            raise ValueError("it points to no storage of numbers")
+            raise ValueError("it points to an invalid storage")
         return Storage(key, np.dtype(STORAGES[name]), length)
 
     def _made(self, function: Any, arguments: tuple) -> Any:
@@ -232,14 +239,14 @@ class PickleReader:
             return arguments[0]
         if function == ("collections", "OrderedDict"):
             return dict(pairs(*zip(*arguments[0], strict=True))) if arguments and arguments[0] else {}
-        raise ValueError("it calls what it must not")
+        raise ValueError("it makes a call that is not allowed")
 
 
 def named(name: str) -> tuple[str, str]:
-    """A thing of Python's that a pickle names, as (module, name): never the thing itself.
+    """A global that a pickle names, as (module, name): never the object itself.
 
     Raises:
-        ValueError: no state dict needs it.
+        ValueError: a state dict does not need it.
     """
     module, _, last = name.rpartition(".")
     if (module, last) in KNOWN or (module == "torch" and last in STORAGES):
@@ -248,7 +255,7 @@ def named(name: str) -> tuple[str, str]:
 
 
 def pairs(keys: Iterable[Any], values: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """The items of a dictionary. Keys are texts and numbers: Python crashes where it hashes tuples in tuples in ..."""
+    """The items of a dictionary. Keys must be strings or integers: hashing deeply nested tuples crashes Python."""
     for key, value in zip(keys, values, strict=True):
         if not isinstance(key, str | int):
             raise ValueError(f"a key in it is a {type(key).__name__}")

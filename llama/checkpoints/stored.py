@@ -1,4 +1,4 @@
-"""What is known about a tensor before it is read; and files mapped into memory."""
+"""Tensor metadata and memory-mapped files."""
 
 import errno
 import math
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Python names this flag from 3.13 on; other processors have other numbers for it.
+# Python has a name for this flag from 3.13 on; its value differs on other processors.
 USUAL = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if USUAL else 0)
 
 
 class Stored(NamedTuple):
-    """A tensor as a file holds it; bfloat16 is `ml_dtypes`' dtype of that name."""
+    """The dtype and shape of a tensor in a file; bfloat16 is `ml_dtypes`' dtype of that name."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -32,10 +32,10 @@ class Stored(NamedTuple):
 
 
 class MappedFile:
-    """A file's bytes as arrays that are read from disk as they are used.
+    """A memory-mapped file, as arrays that are read from disk as they are used.
 
-    The arrays can be written to, as PyTorch demands of its memory; what is written stays in this process. Linux is told
-    to set no memory aside for that: a file larger than the memory could not be mapped otherwise.
+    The arrays are writable, as PyTorch requires, but copy-on-write: changes stay in this process. Linux is told not to
+    reserve memory for these copies; otherwise a file larger than memory could not be mapped.
     """
 
     def __init__(self, path: Path):
@@ -50,15 +50,15 @@ class MappedFile:
         return len(self._data)
 
     def array(self, stored: Stored, offset: int) -> np.ndarray:
-        """The tensor whose first byte stands at `offset`; copied where it stands at no multiple of its type's size."""
+        """The tensor whose first byte is at `offset`; a copy if it is misaligned for its dtype."""
         array = np.frombuffer(self._data, stored.dtype, stored.size, offset).reshape(stored.shape)
-        return array if array.flags.aligned else array.copy()  # NumPy would copy it again at every product
+        return array if array.flags.aligned else array.copy()  # NumPy would copy it again for every matrix product
 
 
 def release(array: np.ndarray) -> None:
-    """Let go of the memory behind a mapped array that has been used and not been written to.
+    """Free the physical memory of a memory-mapped array that has been used but not written to.
 
-    The next use reads the file again. For an array that is not mapped this does nothing.
+    The next use reads the file again. A no-op for arrays that are not mapped.
     """
     owner: object = array
     while isinstance(owner, np.ndarray):
@@ -68,26 +68,26 @@ def release(array: np.ndarray) -> None:
         return
     low, high = np.lib.array_utils.byte_bounds(array)
     start = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
-    first = -(-(low - start) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the rest belongs to the neighbours
+    first = -(-(low - start) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the rest is shared with neighbours
     length = (high - start) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
         data.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def unreadable(path: Path, otherwise: str, error: Exception) -> OSError | ValueError:
-    """What to raise where opening a file failed: that the machine cannot, or that the file is damaged or `otherwise`.
+    """The exception for a file that failed to open: the system could not read it, or it is damaged or `otherwise`.
 
-    A seek that makes no sense (EINVAL) or a folder (EISDIR) is the file's fault, other errors of the system are not.
+    An invalid seek (EINVAL) or a directory (EISDIR) is the file's fault; other system errors are not.
     """
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     of_the_file = (None, errno.EINVAL, errno.EISDIR)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in of_the_file):
-        return OSError(f"{path} could not be read ({reason}), though it may be whole; mend that and try again")
-    return ValueError(f"{path} is damaged or {otherwise} ({reason}); fetch it anew")
+        return OSError(f"{path} could not be read ({reason}), though it may be intact; fix that and try again")
+    return ValueError(f"{path} is damaged or {otherwise} ({reason}); download it again")
 
 
 def dtype_of(tensors: Iterable[Stored]) -> np.dtype:
-    """The dtype that holds all of these: theirs if they agree, else float32, or float64 where one is."""
+    """The common dtype of these tensors; if they differ, float64 if any of them is, else float32."""
     kinds = {stored.dtype for stored in tensors}
     if len(kinds) == 1:
         return kinds.pop()

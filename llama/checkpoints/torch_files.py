@@ -1,4 +1,4 @@
-"""The part of checkpoints that needs PyTorch: .bin files in, and a model's weights out."""
+"""Checkpoint code that needs PyTorch: reading old .bin files, and writing a model's weights."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from .write import index, shard_names, size_in_bytes, split
 
 
 class TorchFile:
-    """A file that torch.save wrote before PyTorch 1.6. It can hold tensors and nothing that would be executed."""
+    """A file written by torch.save before PyTorch 1.6. It may only hold tensors; nothing in it is executed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,9 +31,10 @@ class TorchFile:
                 raise ValueError("it should hold tensors by name, as a state dict does")
             self._data: dict[str, torch.Tensor] = data
             self.tensors = {name: Stored(_numpy_dtype(t.dtype), tuple(t.shape)) for name, t in data.items()}
-        except Exception as error:  # the readers of pickles raise of all kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is damaged or holds more than tensors ({reason}); fetch it anew") from error
+        except Exception as error:  # unpickling raises all kinds of exceptions
+            # PyTorch's own message recommends to execute what is in the file
+            reason = "" if isinstance(error, UnpicklingError) else f" ({error or type(error).__name__})"
+            raise ValueError(f"{path} is damaged or holds more than tensors{reason}; download it again") from error
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._data[name].detach()
@@ -42,7 +44,7 @@ class TorchFile:
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
-    """An array as a tensor of the same dtype that shares its memory; a copy where that may not be written to."""
+    """A tensor of the same dtype that shares the array's memory; a copy if the array is read-only."""
     if not array.flags.writeable:
         array = array.copy()
     if array.dtype.isbuiltin == 1:
@@ -71,14 +73,14 @@ def save_weights(
     for file, shard in zip(files, shards, strict=True):
         contents = {name: own[name].detach().contiguous() for name in shard}
         (folder / file).touch()
-        mode = stat.S_IMODE((folder / file).stat().st_mode)  # a new file's; the library lets only the owner read
+        mode = stat.S_IMODE((folder / file).stat().st_mode)  # a new file's; safetensors lets only the owner read
         try:
             if safe:
                 save_file(contents, folder / file, metadata={"format": "pt"})
             else:
                 torch.save(
                     {key: tensor.to("cpu", copy=True) for key, tensor in contents.items()}, folder / file
-                )  # alone, no views
+                )  # copies, because torch.save writes a view's whole storage
         except OSError:
             raise
         except Exception as error:
@@ -92,7 +94,7 @@ def save_weights(
 
 
 def _storages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, those that share their memory with one before copied: safetensors refuses them."""
+    """The tensors, with copies of those that share memory with an earlier one, which safetensors rejects."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
@@ -104,9 +106,9 @@ def _storages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files at the end take the place of `folder`'s: all of them, or none.
+    """Yield a temporary folder whose files replace those in `folder` at the end: all of them, or none.
 
-    Weights that stand there under other names go too. Should anything fail, what was there before stands again.
+    Weight files in `folder` under other names are deleted. On failure the previous files are restored.
     """
     made = not folder.exists()
     partial = folder / ".partial"
@@ -122,7 +124,7 @@ def replaced(folder: Path) -> Iterator[Path]:
             if (folder / name).exists():
                 try:
                     os.link(folder / name, before / name)
-                except OSError:  # not every file system has links
+                except OSError:  # not every file system has hard links
                     shutil.copy2(folder / name, before / name)
         try:
             for name in new:

@@ -1,4 +1,4 @@
-"""A checkpoint seen in another way: cast to a dtype, with fewer key and value heads. Nothing is kept in memory."""
+"""A view of a checkpoint, cast to a dtype or with fewer key and value heads. Nothing is kept in memory."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,15 +20,15 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 class Changed:
     """A `Checkpoint` over another one, whose tensors are pooled and cast as they are read.
 
-    A head that is the embedding once more is left out, where the configuration says that they are one. A head that is
-    another stays, whatever the configuration says.
+    A head equal to the embedding is left out if the configuration ties the two. A head that differs is kept, whatever
+    the configuration says.
 
     Args:
         dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own.
-        num_key_value_heads: this many key and value heads, each the mean of a group of the source's, taken in float32
-            and rounded once (Ainslie et al. 2023, section 2.1). Query heads keep their order, and find the mean of the
-            head they had.
-        tie: leave out a head that is the embedding once more even where the configuration says that they are two.
+        num_key_value_heads: pool to this many key and value heads, each the mean of a group of the source's, computed
+            in float32 or wider and rounded once (Ainslie et al. 2023, section 2.1). The query heads keep their order,
+            so each one uses the mean of the group that its own head is in.
+        tie: leave out a head equal to the embedding even if the configuration does not tie the two.
 
     Raises:
         ValueError: the dtype is unknown, or the heads do not divide.
@@ -48,7 +48,7 @@ class Changed:
         self.heads, self._tie = num_key_value_heads, tie
         if num_key_value_heads is not None:
             self._has = has = Config.from_dict(source.config).num_key_value_heads
-            if num_key_value_heads < 1 or has % num_key_value_heads:
+            if not isinstance(num_key_value_heads, int) or num_key_value_heads < 1 or has % num_key_value_heads:
                 raise ValueError(
                     f"num_key_value_heads ({num_key_value_heads}) must divide the {has} key and value heads "
                     f"of {source.path}: each new one is the mean of as many old ones"
@@ -56,12 +56,12 @@ class Changed:
 
     @property
     def changes(self) -> bool:
-        """Whether any number in it is another than the source's."""
+        """Whether any value may differ from the source's."""
         return self.dtype is not None or self.heads is not None
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The source's, with what was changed, and the dtype of the matrices as both transformers read it."""
+        """The source's configuration with the changes, and the matrices' dtype as transformers 4 and 5 read it."""
         config = {key: value for key, value in self.source.config.items() if key != "dtype"}
         matrices = [stored for stored in self.tensors.values() if len(stored.shape) == 2] or self.tensors.values()
         config["torch_dtype"] = dtype_of(matrices).name
@@ -89,7 +89,7 @@ class Changed:
         shape = stored.shape
         if self.heads is not None and _is_pooled(name):
             if shape[0] % self._has:
-                raise ValueError(f"{self.path}: {name} has {shape[0]} rows, which are not {self._has} heads")
+                raise ValueError(f"{self.path}: {name} has {shape[0]} rows, which do not divide into {self._has} heads")
             shape = (shape[0] // self._has * self.heads, *shape[1:])
         return Stored(stored.dtype if self.dtype is None else self.dtype, shape)
 
@@ -106,7 +106,7 @@ class Changed:
         if _largest(wanted.dtype) < _largest(source.dtype) and np.isfinite(array[np.isinf(result)]).any():
             wider = [name for name in reversed(DTYPES) if _largest(DTYPES[name]) > _largest(wanted.dtype)]
             way_out = f"choose --dtype {' or '.join(wider)}" if wider else "leave --dtype out"
-            raise ValueError(f"{self.path}: {name} holds numbers that {wanted.dtype} cannot; {way_out}")
+            raise ValueError(f"{self.path}: {name} holds numbers too large for {wanted.dtype}; {way_out}")
         release(source)
         return result
 

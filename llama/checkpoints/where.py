@@ -1,4 +1,4 @@
-"""What `where` means: a path, an alias, or a model on the Hugging Face Hub, which is downloaded once."""
+"""Resolve `where`: a path, an alias, or a model on the Hugging Face Hub, which is downloaded once."""
 
 import difflib
 import glob
@@ -19,20 +19,20 @@ from .huggingface import BIN, WEIGHTS, read_json
 from .meta import SHARD
 from .write import NO_ROOM
 
-# The small files of a repository, by what they are for. Of each kind one of the first two must be there.
+# The small files of a repository, by purpose. Each kind requires at least one of its first two.
 FILES = {
     "config": ["config.json", "params.json", "generation_config.json", "checklist.chk"],
     "tokenizer": ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                   "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja"],
 }  # fmt: skip
 KINDS = {"model": ("config", "tokenizer", "weights"), "parameters": ("config", "weights")}
-STORED_IN = (WEIGHTS, f"{WEIGHTS}.index.json", BIN, f"{BIN}.index.json")  # the first that is there is taken
+STORED_IN = (WEIGHTS, f"{WEIGHTS}.index.json", BIN, f"{BIN}.index.json")  # in order of preference
 
 NAME = r"\w(?:(?!--|\.\.)[\w.-])*(?<![.-])"
 HUB_ID = re.compile(rf"({NAME}/{NAME})(?:/(.+\.gguf))?", re.ASCII)
 PLACES = (
     "a folder with config.json and its weights or with Meta's params.json and consolidated.*.pth, a .gguf file, "
-    "a .safetensors file beside its config.json, the id of a model on the Hugging Face Hub (org/name), "
+    "a .safetensors file next to its config.json, the id of a model on the Hugging Face Hub (org/name), "
     f"or {' or '.join(map(repr, ALIASES))}"
 )
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "gguf_file")
@@ -51,38 +51,38 @@ def find(
     gguf_file: str | None = None,
     update: bool = False,
 ) -> Path:
-    """The folder or file at `where`: a path that exists, an alias, or a model on the Hub, as "org/name" or
-    "org/name/file.gguf".
+    """Resolve `where` to a folder or file: an existing path, an alias, or a model on the Hub ("org/name" or
+    "org/name/file.gguf").
 
-    A path goes before an alias and an alias before the Hub. What is wholly in huggingface_hub's cache is used without
-    asking the network whether there is something newer; the rest is downloaded, and a download that broke off goes on
-    with the files that it lacks. Where single files were put into the cache, the Hub is asked once what else belongs to
-    them; if it cannot be reached, they are used as they are. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as
-    everywhere.
+    A path takes precedence over an alias, and an alias over the Hub. A model that is complete in huggingface_hub's
+    cache is used without asking for a newer version. Otherwise the missing files are downloaded, so an interrupted
+    download resumes. If the cache may hold only some of the model's files, the Hub is asked once for its other files;
+    if it cannot be reached, the cached ones are used as they are. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE
+    are respected.
 
     Args:
-        wanted: what is downloaded of a model on the Hub: "model" is all that one needs to run; "parameters" is that
-            without the tokenizer; "config" and "tokenizer" are their files; anything else is the name of one file.
-        revision: a branch, tag or commit instead of the branch main.
-        token: for private and gated models; None takes HF_TOKEN or the login's, False sends none.
-        cache_dir: instead of huggingface_hub's own cache.
-        local_files_only: do not ask the network, as under HF_HUB_OFFLINE.
-        force_download: download again what is there.
-        subfolder, gguf_file: where in the folder or repository.
-        update: ask the Hub for a newer commit, and download what it changed.
+        wanted: what to download from the Hub: "model" is everything needed to run the model; "parameters" omits the
+            tokenizer; "config" and "tokenizer" are only their files; anything else is the name of one file.
+        revision: a branch, tag or commit; by default the branch main.
+        token: for private and gated models; None uses HF_TOKEN or the saved login, False sends none.
+        cache_dir: a folder to use instead of huggingface_hub's own cache.
+        local_files_only: do not use the network, as with HF_HUB_OFFLINE.
+        force_download: download again even if cached.
+        subfolder, gguf_file: the location inside the folder or repository.
+        update: ask the Hub for a newer commit, and download what changed.
 
     Raises:
-        FileNotFoundError: there is nothing of the kind. PermissionError: the model is gated. OSError: the download
-        failed.
+        FileNotFoundError: nothing was found. PermissionError: access to the model is denied. OSError: the download
+            failed.
     """
-    if not isinstance(where, str | os.PathLike):
+    if not isinstance(where, str | os.PathLike) or where == "":
         raise ValueError(f"where must be a path or a name, got {where!r}; give {PLACES}")
     path = expanded(Path(where, subfolder or "", gguf_file or ""))
     if path.exists() or str(where) in ALIASES:
         if revision not in (None, "main"):
             raise ValueError(f"{where} is not on the Hub and has no revision {revision!r}; leave revision out")
         if update and not path.exists():
-            warnings.warn(f"{where} is one version for good; there is nothing newer to download", stacklevel=2)
+            warnings.warn(f"{where} has only one version; there is nothing newer to download", stacklevel=2)
         return path if path.exists() else fetch(str(where))
     named = HUB_ID.fullmatch(str(where))
     if not named or expanded(where).exists():  # the subfolder is what is missing
@@ -90,23 +90,23 @@ def find(
         if near := difflib.get_close_matches(str(where), ALIASES):
             raise FileNotFoundError(f"{shown} does not exist; did you mean {near[0]}?")
         if in_url := re.fullmatch(rf"https?://[^/]+/({NAME}/{NAME})/?(tree/.*|blob/.*)?", str(where), re.ASCII):
-            raise FileNotFoundError(f"{shown} is an address; give {in_url[1]}")
+            raise FileNotFoundError(f"{shown} is a URL; give {in_url[1]}")
         raise FileNotFoundError(f"{shown} does not exist; give {PLACES}")
     inside = PurePosixPath(subfolder or "", named[2] or gguf_file or "")
     if inside.suffix.lower() == ".gguf":
         subfolder, wanted = str(inside.parent), inside.name
     repository = Repository(named[1], revision, token, cache_dir)
     folders = ["" if subfolder in (None, "", ".") else f"{subfolder}/"]
-    folders += ["original/"] if folders == [""] else []  # where Meta's own files lie beside converted ones
+    folders += ["original/"] if folders == [""] else []  # where Meta's own files are, next to the converted ones
     offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if repository.offline else None
     anew = force_download or update
     if anew and offline:
-        raise ValueError(f"{where} cannot be downloaded anew while {offline} is set; leave one of the two out")
+        raise ValueError(f"{where} cannot be downloaded again or updated while {offline} is set; unset one of them")
     found = None if anew else repository.cached(folders, wanted, sure=not offline)
     if found is None and offline:
         raise FileNotFoundError(
-            f"{where} is no path here, nor is all of it in the cache {repository.cache}, and {offline} is set: "
-            "allow the network, or give the path of a model"
+            f"{where} is not a local path, nor is all of it in the cache {repository.cache}, and {offline} is set: "
+            "allow network access, or give the path of a model"
         )
     if found is None:
         try:
@@ -119,27 +119,27 @@ def find(
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take those keywords of a from_pretrained out of `kwargs` that are `find`'s."""
+    """Pop `find`'s keyword arguments from the `kwargs` of a from_pretrained."""
     return {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
 
 
 class Repository:
-    """A model on the Hub, and what of it is in the cache."""
+    """A model on the Hub and in the cache."""
 
     def __init__(
         self, name: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
     ):
-        from huggingface_hub import constants  # late: it is needed by few, and reads its environment as it is imported
+        from huggingface_hub import constants  # late: rarely needed, and it reads the environment on import
 
         self.name, self.revision, self.token = name, revision, token
         self.cache = expanded(cache_dir or constants.HF_HUB_CACHE)
         self.endpoint, self.offline = constants.ENDPOINT, constants.HF_HUB_OFFLINE
 
     def cached(self, folders: list[str], wanted: str, sure: bool) -> Path | None:
-        """The folder in the cache if all that is wanted is there. The network is not asked.
+        """The folder in the cache if it holds everything wanted, else None. Does not use the network.
 
         Args:
-            sure: not without knowing that the small files it lacks are not in the repository either.
+            sure: require proof that the small files missing from it are not in the repository either.
         """
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -149,7 +149,7 @@ class Repository:
                 names = _names(snapshot / folder)
                 needed = _really(wanted, names)
                 if _lacks(needed, names, snapshot / folder) is None:
-                    # Where the library has kept the repository's listing, it knows what else belongs there.
+                    # If the library has cached the repository's file listing, this raises where files are missing.
                     small = [folder + name for name in _small_files(needed)]
                     shards = [] if names.intersection(STORED_IN) else ["consolidated.*.pth"] * (needed in KINDS)
                     self.snapshot(small + [folder + name for name in shards], local_files_only=True)
@@ -159,8 +159,8 @@ class Repository:
         return None
 
     def _knows(self, files: list[str], commit: str) -> bool:
-        """Whether the cache can tell of each file that it lacks that the repository has none: by a listing of the
-        repository, which newer versions of the library keep, or by its notes of what it did not find there."""
+        """Whether the cache proves that those of `files` it lacks are not in the repository either: by a listing of the
+        repository, which newer versions of the library keep, or by the library's markers for files not found there."""
         import huggingface_hub
 
         if listed := getattr(huggingface_hub, "get_cached_repo_tree", None):
@@ -171,7 +171,7 @@ class Repository:
         return all(held(file) for file in files if "*" not in file)
 
     def download(self, folders: list[str], wanted: str, force: bool) -> Path:
-        """The folder in the cache, after downloading what it lacks: first the small files, then the weights."""
+        """Download what the cache lacks, small files first, then weights; return the folder in the cache."""
         from huggingface_hub import HfApi
 
         with self.asking():
@@ -183,7 +183,7 @@ class Repository:
         wanted = _really(wanted, names)
         if lacking := _lacks(wanted, names):
             ggufs = [name for name in sizes if name.endswith(".gguf")]
-            more = f"; it has GGUF files, of which one can be named: {self.name}/{ggufs[0]}" if ggufs else ""
+            more = f"; it has GGUF files, so give one of them: {self.name}/{ggufs[0]}" if ggufs else ""
             raise FileNotFoundError(f"{self.name} on the Hub has no {folder}{lacking}{more}")
         small = [folder + name for name in _small_files(wanted)]
         weights = next((name for name in STORED_IN if name in names), None) if wanted in KINDS else None
@@ -194,17 +194,17 @@ class Repository:
         with self.asking():
             snapshot = self.snapshot(small, **options)
         for absent in (name for name in small if name not in sizes and "*" not in name):
-            note = snapshot.parents[1] / ".no_exist" / snapshot.name / absent  # as the library itself notes it
+            note = snapshot.parents[1] / ".no_exist" / snapshot.name / absent  # the library's own marker
             with suppress(OSError):
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.touch()
         if wanted in KINDS:
             files = [folder + name for name in _weight_files(names, snapshot / folder)]
             self._check_space(sum(sizes.get(f, 0) for f in files if force or not (snapshot / f).exists()))
-            with self.asking():  # for the commit of the small files, should the branch move meanwhile
+            with self.asking():  # at the commit of the small files, in case the branch has moved since
                 self.snapshot([glob.escape(file) for file in files], revision=snapshot.name, **options)
         if lacking := _lacks(wanted, _names(snapshot / folder), snapshot / folder):
-            raise FileNotFoundError(f"{self.name} on the Hub has no {folder}{lacking}, which its other files ask for")
+            raise FileNotFoundError(f"{self.name} on the Hub has no {folder}{lacking}, which its other files refer to")
         return snapshot / folder
 
     def snapshot(self, patterns: list[str], **options: Any) -> Path:
@@ -228,15 +228,15 @@ class Repository:
         free = shutil.disk_usage(place).free
         if needed > free:
             raise OSError(
-                f"{self.name} takes {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; "
-                "HF_HOME or cache_dir names another place",
+                f"{self.name} needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free; "
+                "set HF_HOME or cache_dir to another folder",
             )
         if needed and on_terminal():
             print(f"Downloading {self.name}, {needed / 1e9:.2f} GB, to {self.cache}.", file=sys.stderr)
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Say in a sentence or two what the library raises, which is of another family in each major version."""
+        """Replace the library's exceptions, whose types differ between major versions, by short messages."""
         from huggingface_hub import errors
 
         try:
@@ -248,8 +248,8 @@ class Repository:
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise FileNotFoundError(
-                f"{self.name} is no path here, and {self.endpoint} has no model of that name, or a private one. "
-                "Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN"
+                f"{self.name} is not a local path, and {self.endpoint} has no model of that name, or only a private "
+                "one. Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN"
             ) from error
         except errors.RevisionNotFoundError as error:
             raise FileNotFoundError(
@@ -257,28 +257,27 @@ class Repository:
                 f"{self.endpoint}/{self.name}/commits"
             ) from error
         except Exception as error:
-            reasons = [error, error.__cause__]  # the library often puts an error of its own before the first
+            reasons = [error, error.__cause__]  # the library often wraps the first error in its own
             for reason in reasons:
                 if isinstance(reason, OSError) and (reason.filename or reason.errno in NO_ROOM):
                     raise OSError(
-                        f"{self.cache} cannot be written to ({reason.strerror}); make room, or let HF_HOME or "
-                        "cache_dir name another place"
+                        f"{self.cache} cannot be written to ({reason.strerror}); make room, or set HF_HOME or "
+                        "cache_dir to another folder"
                     ) from error
             if any(getattr(getattr(reason, "response", None), "status_code", None) in (401, 403) for reason in reasons):
                 raise PermissionError(
-                    f"{self.endpoint} does not let this token read {self.name}; log in anew with `hf auth login`, "
+                    f"{self.endpoint} does not let this token read {self.name}; log in again with `hf auth login`, "
                     "or set HF_TOKEN"
                 ) from error
             said = str(error.__cause__ or error).strip() or type(error).__name__
             raise OSError(
-                f"{self.name} is no path here, and could not be downloaded from {self.endpoint} "
-                f"({said.splitlines()[0]}); check the network and try again: files that are whole are not downloaded "
-                "twice"
+                f"{self.name} is not a local path, and could not be downloaded from {self.endpoint} "
+                f"({said.splitlines()[0]}); check the network and try again: complete files are not downloaded again"
             ) from error
 
 
 def _really(wanted: str, names: Collection[str]) -> str:
-    """What must be there for what is wanted: Meta's configuration is read from the weights and the tokenizer too."""
+    """What is needed for `wanted`: Meta's configuration is inferred from the weights and the tokenizer too."""
     meta = "params.json" in names and "config.json" not in names
     return "model" if meta and wanted in ("config", "parameters") else wanted
 
@@ -292,7 +291,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _weight_files(names: Collection[str], folder: Path) -> list[str]:
-    """The files of those in `names` that hold the weights, or should: all that an index names."""
+    """The weight files among `names`, or all those that an index lists, present or not."""
     first = next((name for name in STORED_IN if name in names), None)
     if first is None:
         return sorted(name for name in names if SHARD.fullmatch(name))
@@ -303,7 +302,7 @@ def _weight_files(names: Collection[str], folder: Path) -> list[str]:
 
 
 def _lacks(wanted: str, names: Collection[str], folder: Path | None = None) -> str | None:
-    """What a folder with the files `names` lacks of what is wanted; shards too, where their index can be read."""
+    """What is wanted but missing from `names`, None if nothing is; `folder` gives access to the index of shards."""
     for kind in KINDS.get(wanted, (wanted,)):
         if kind != "weights":
             keys = FILES.get(kind, [kind])[:2]

@@ -1,8 +1,7 @@
-"""Writing weights piece by piece: never more in memory than a tensor, never half a file under a finished name.
+"""Write weights piece by piece, with at most one tensor in memory and never a partial file under its final name.
 
-A file is planned (`OutFile`: which tensors, of which type and shape) before any weight is read, so that its header and
-its size are known up front. It is written as `<name>.partial`, hashed on the way, and takes its name when it is whole
-and on the disk.
+A file is planned (`OutFile`: the dtype and shape of each tensor) before any weight is read, so its header and size are
+known up front. It is written as `<name>.partial`, hashed on the way, and renamed once complete and synced to disk.
 """
 
 import errno
@@ -23,16 +22,26 @@ from .huggingface import DTYPES
 from .stored import Stored, release
 
 PARTIAL = ".partial"
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-PIECE = 2**20  # bytes: what is hashed and written at a time; more of it falls out of the caches in between
-AHEAD = 32  # pieces that may wait for the hash
-TO_DISK = 2**25  # bytes, after which the system is asked to begin bringing them onto the disk
+PIECE = 2**20  # bytes hashed and written at a time; larger pieces would drop out of the CPU's caches in between
+AHEAD = 32  # pieces that may be waiting to be hashed
+TO_DISK = 2**25  # bytes after which the system is asked to start writing them to disk
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutFile(NamedTuple):
-    """A file to be: its name, its tensors in order, where each comes from, and what lays them out."""
+    """A planned file: its name, its tensors in order, and the functions that read a tensor and write the file."""
 
     name: str
     tensors: Mapping[str, Stored]
@@ -45,7 +54,7 @@ class OutFile(NamedTuple):
 
 
 class Sink:
-    """A file that is written from front to back, and hashed on the way by a thread of its own."""
+    """A file that is written from front to back, and hashed by a separate thread on the way."""
 
     def __init__(self, file: IO[bytes], advance: Callable[[int], Any]):
         self._file, self._advance = file, advance
@@ -71,28 +80,28 @@ class Sink:
         return len(data)
 
     def _send(self) -> None:
-        """Let what was written begin its way onto the disk, or the sync at the end waits for all of it."""
+        """Start writing to disk what was written so far, so that the sync at the end need not wait for all of it."""
         self._file.flush()
-        if hasattr(os, "posix_fadvise"):  # on Linux this starts writing what is not written yet, and waits for nothing
+        if hasattr(os, "posix_fadvise"):  # on Linux this starts writing dirty pages back, without waiting
             length = self._written - self._on_its_way
             os.posix_fadvise(self._file.fileno(), self._on_its_way, length, os.POSIX_FADV_DONTNEED)
         self._on_its_way = self._written
 
     def flush(self) -> None:
-        """Asked for by zipfile; `replacing` flushes once, at the end."""
+        """A no-op required by zipfile; `replacing` flushes once, at the end."""
 
     def sha256(self) -> str:
-        """Of all that was written."""
+        """The digest of everything written so far."""
         while self._waiting:
             self._waiting.popleft().result()
         return self._hash.hexdigest()
 
 
 def write_file(folder: Path, planned: OutFile, advance: Callable[[int], Any]) -> str:
-    """Write a planned file into `folder`, whole and on the disk or not at all. Gives its SHA-256.
+    """Write a planned file into `folder`, complete and synced to disk or not at all. Returns its SHA-256.
 
     Args:
-        advance: called with the number of bytes after each piece.
+        advance: called after each piece with its number of bytes.
     """
     with replacing(folder / planned.name) as file, Sink(file, advance) as sink:
         planned.layout(sink, planned.tensors, planned.read)
@@ -101,7 +110,7 @@ def write_file(folder: Path, planned: OutFile, advance: Callable[[int], Any]) ->
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, `<name>.partial` beside `path`, whose place it takes when it is whole and on the disk.
+    """Open `<name>.partial` next to `path` for writing; once it is complete and synced to disk, rename it to `path`.
 
     Raises:
         OSError: it cannot be written; the message names it.
@@ -119,13 +128,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise OSError(
-                error.errno, f"{path} could not be written ({os.strerror(error.errno)}); make room and start again"
+                error.errno, f"{path} could not be written ({os.strerror(error.errno)}); make room and try again"
             ) from error
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk, where the system can."""
+    """Sync a folder's entries to disk, where the system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -135,10 +144,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def safetensors(sink: Sink, tensors: Mapping[str, Stored], read: Callable[[str], np.ndarray]) -> None:
-    """The layout of a safetensors file: the header's length, the header, the tensors without gaps."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers 4 refuses it
+    """Write a file in safetensors' layout: the header's length, the header, the tensors without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 rejects files without it
     end = 0
-    # the wider types first, so that every tensor lies where its type can be read without copying
+    # wider dtypes first, so that every tensor is aligned for its dtype and can be read without copying
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     for name in order:
         stored = tensors[name]
@@ -157,20 +166,20 @@ def safetensors(sink: Sink, tensors: Mapping[str, Stored], read: Callable[[str],
 
 
 def pieces(array: np.ndarray, stored: Stored, name: str) -> Iterator[bytes]:
-    """The bytes of a tensor, if it is what its header says. What came in of a mapped file for it is let go."""
+    """Yield the bytes of a tensor, which must have the planned dtype and shape; `release` it on the way."""
     if array.dtype != stored.dtype or array.shape != stored.shape:
         found, planned = f"{array.dtype} {array.shape}", f"{stored.dtype} {stored.shape}"
-        raise ValueError(f"{name} was read as {found}, and {planned} was announced; the source changed meanwhile")
+        raise ValueError(f"{name} was read as {found} instead of {planned}; the source has changed in the meantime")
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     for start in range(0, len(data), PIECE):
         part = data[start : start + PIECE]
         yield part.tobytes()
         release(part)
-    release(array)  # of which `data` may be a copy
+    release(array)  # `data` may be a copy of it
 
 
 def same(a: np.ndarray, b: np.ndarray, advance: Callable[[int], Any]) -> bool:
-    """Whether two tensors are the same bit by bit. What came in of mapped files for it is let go."""
+    """Whether two tensors are equal bit for bit; `release` them on the way."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     stored = Stored(a.dtype, a.shape)
@@ -182,7 +191,7 @@ def same(a: np.ndarray, b: np.ndarray, advance: Callable[[int], Any]) -> bool:
 
 
 def split(tensors: Mapping[str, Any], limit: int) -> list[list[str]]:
-    """The names, in order, cut where a shard would pass the limit; a tensor larger than it has one of its own."""
+    """Split the names, in order, into shards of at most `limit` bytes; a larger tensor gets a shard of its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -195,22 +204,22 @@ def split(tensors: Mapping[str, Any], limit: int) -> list[list[str]]:
 
 
 def shard_names(name: str, count: int) -> list[str]:
-    """As transformers calls them: "model.safetensors" alone, "model-00001-of-00002.safetensors" in company."""
+    """transformers' names: "model.safetensors" for one file, "model-00001-of-00002.safetensors" ... for several."""
     stem, suffix = name.rsplit(".", 1)
     return [name] if count == 1 else [f"{stem}-{n:05}-of-{count:05}.{suffix}" for n in range(1, count + 1)]
 
 
 def index(files: Mapping[str, list[str]], total_size: int, total_parameters: int) -> dict[str, Any]:
-    """The contents of model.safetensors.index.json, from the tensors' names by file."""
+    """The contents of model.safetensors.index.json, from the names of the tensors in each file."""
     weight_map = {tensor: file for file, shard in files.items() for tensor in shard}
     return {"metadata": {"total_size": total_size, "total_parameters": total_parameters}, "weight_map": weight_map}
 
 
 def size_in_bytes(size: int | str) -> int:
-    """5_000_000_000 from "5GB"; a number stays as it is."""
-    match = re.fullmatch(r"(\d+)\s*([A-Za-z]+)", size.strip()) if isinstance(size, str) else None
+    """Parse "5GB" as 5_000_000_000 and "5000" as 5000; return an integer unchanged."""
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", size.strip()) if isinstance(size, str) else None
     if match and match[2].upper() in UNITS:
         size = int(match[1]) * UNITS[match[2].upper()]
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f'max_shard_size must be bytes or like "200MB" or "5GB", got {size!r}')
+        raise ValueError(f'max_shard_size must be a number of bytes, or a string like "200MB" or "5GB", got {size!r}')
     return size
