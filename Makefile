@@ -1,10 +1,10 @@
-# make run    environment, real weights, an answer    (PROMPT="..." BACKEND=reference|torch)
-# make test   environment, the whole test suite
+# make run    set up, download the weights and answer a prompt    (PROMPT="..." BACKEND=reference|torch)
+# make test   set up and run all tests
 # make check  lint, types, tests
-# make bench  the kernels and the model beside their peers; a page with tables and pictures    (MODEL=... RESULTS=folder)
-# make clean  remove the environment and what was built; fetched weights stay in the user's cache
+# make bench  measure the kernels and the model against their peers and write a report    (MODEL=... RESULTS=folder)
+# make clean  remove the environment and build outputs; downloaded weights stay in the user's cache
 #
-# PYTHON=python3.12 picks the interpreter, TORCH=cpu|cuda|none the build of PyTorch (tools/bootstrap.py).
+# PYTHON=python3.12 selects the interpreter, TORCH=cpu|cuda|none the build of PyTorch (tools/bootstrap.py).
 
 PYTHON ?= python3
 PROMPT ?= What is the capital of France?
@@ -12,7 +12,7 @@ BACKEND ?= auto
 TORCH ?= auto
 MODEL ?= smollm2
 RESULTS ?= build/bench
-# Taken as typed, a $ in a prompt too, and handed on in the environment: neither make nor the shell may read it.
+# Taken literally, even a $, and passed on in the environment, so that neither make nor the shell expands it.
 override PROMPT := $(value PROMPT)
 override BACKEND := $(value BACKEND)
 export PROMPT BACKEND TORCH
@@ -35,8 +35,8 @@ check: has-tools tritons .venv/browser
 	$(BIN)/mypy
 	$(PYTEST)
 
-# All there is to measure on a GPU, what ends in some minutes elsewhere. What fails is said, and the rest goes on.
-# With RESULTS=benchmarks/results the README's tables are those of this run.
+# Everything on a GPU, a few minutes' worth elsewhere. If a step fails, the rest still runs.
+# RESULTS=benchmarks/results also updates the README's tables.
 bench: has-tools
 	@mkdir -p $(RESULTS)
 	@$(BIN)/llama fetch $(MODEL)
@@ -44,7 +44,7 @@ bench: has-tools
 	-@$(BIN)/llama bench model $(MODEL) $(if $(HAS_GPU),--dtype bfloat16,--threads 1 --prompt 512 --new 32 --batch 1,2 --runs 3) \
 		--out $(RESULTS)
 ifeq ($(shell uname -s),Linux)
-	@echo "Compiling the kernels for an H100 that need not be there"
+	@echo "Compiling the kernels for an H100 (none is needed)"
 	-@$(BIN)/llama bench static --target sm_90 --json > $(RESULTS)/static.partial
 	@if test -s $(RESULTS)/static.partial; then mv $(RESULTS)/static.partial $(RESULTS)/static.jsonl; \
 		else rm $(RESULTS)/static.partial; fi
@@ -55,13 +55,13 @@ endif
 HAS_GPU = $(shell $(BIN)/python -c "import torch; print('yes' if torch.cuda.is_available() else '')")
 
 has-tools: $(READY)
-	@test -x $(BIN)/pytest || { echo "TORCH=none leaves the tests' tools out; run without it"; exit 2; }
+	@test -x $(BIN)/pytest || { echo "TORCH=none omits the test tools; run without it"; exit 2; }
 
 $(READY): pyproject.toml constraints.txt tools/bootstrap.py
-	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not there; make PYTHON=... names another Python"; exit 2; }
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) was not found; choose another with make PYTHON=..."; exit 2; }
 	@$(PYTHON) tools/bootstrap.py
 
-# Both ends of the range of Triton that tests/test_static.py compiles the kernels with. There are wheels for Linux alone.
+# The oldest and newest Triton that tests/test_static.py compiles the kernels with. There are wheels for Linux only.
 ifeq ($(shell uname -s),Linux)
 tritons: .venv/triton-3.6.0 .venv/triton-3.9.0
 endif
@@ -71,7 +71,7 @@ endif
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.partial triton==$*
 	mv $@.partial $@
 
-# The browser that tests/test_bench_report.py looks at the page with: Chromium, 200 MB to download.
+# The browser in which tests/test_bench_report.py opens the report: Chromium, a 200 MB download.
 .venv/browser: | $(READY)
 	rm -rf $@.partial
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@.partial \

@@ -1,12 +1,12 @@
-"""Converting Meta's files: memory beside the promise of 700 MB, time beside copying them twice, and 70B's shapes.
+"""Converting Meta's files: memory against the 700 MB promised, time against copying them twice, and 70B's shapes.
 
     python -m benchmarks.convert                              # a table, and benchmarks/results/convert.json
-    python -m benchmarks.convert --transformers OTHER/python # beside the converter of transformers 4.46, which that has
+    python -m benchmarks.convert --transformers OTHER/python  # also that environment's converter, transformers 4.46
 
-The checkpoint is made up: two shards of bfloat16, 2 GB. Both commands are whole processes, from the start of Python to
-the last file. The shards that are read lie in the page cache, or, "from the disk", not: as with a checkpoint that was
-fetched yesterday, or is larger than the memory. The result is held against its source by `--verify` once. Some 12 GB of
-disk are needed in $TMPDIR.
+The checkpoint is synthetic: two bfloat16 shards, 2 GB. Both commands are timed as whole processes, from the start of
+Python to the last file. The source is in the page cache, except for "from the disk", as with a checkpoint downloaded
+yesterday or larger than memory. The result is compared with its source once, by `--verify`. Needs about 12 GB of disk
+space in $TMPDIR.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from llama.reference import Config, parameter_shapes
 
 from . import harness
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # where the writer of Meta's files is
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # for meta_files
 
 BFLOAT16 = np.dtype("bfloat16")
 SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
@@ -46,7 +46,7 @@ SHARDS = {"small": 2, "large": 8}
 
 
 def small(folder: Path) -> Path:
-    """2 GB of random weights in two shards, with a tokenizer of as many tokens."""
+    """Write 2 GB of random weights in two shards, with a tokenizer of matching size."""
     from meta_files import write_meta
     from sentencepiece_models import fetched
 
@@ -71,7 +71,7 @@ class Shapes:
 
 
 class Holes:
-    """A file in which pieces of zeros are holes, which take no room."""
+    """A sparse file: pieces of zeros become holes, which take no space."""
 
     def __init__(self, path: Path):
         self._file = open(path, "wb")  # noqa: SIM115
@@ -88,7 +88,7 @@ class Holes:
 
 
 def sparse(folder: Path, fields: dict[str, Any], shards: int) -> Path:
-    """Meta's files for these shapes, with holes for weights."""
+    """Write Meta's files for these shapes, with holes for weights."""
     import json
 
     folder.mkdir()
@@ -101,9 +101,9 @@ def sparse(folder: Path, fields: dict[str, Any], shards: int) -> Path:
 
 
 def planned_peak(fields: dict[str, Any], shards: int) -> int:
-    """Bytes beside those of Python and its libraries: the tensor that needs most, and the pieces before the hash.
+    """Peak bytes on top of Python and its libraries: the tensor that needs most, and the pieces waiting to be hashed.
 
-    In memory are the tensor itself, one shard's mapped part of it, and for q and k that part in the new order.
+    A tensor needs itself, one shard's mapped part of it, and for q and k that part reordered.
     """
     tensors = Shapes(fields).tensors
     most = max(
@@ -119,7 +119,7 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
 
 
 def seconds(out: Path, *commands: list[str], unread: Path | None = None) -> Callable[[], float]:
-    """How long the commands take one after the other; with the files of the folder `unread` out of the page cache."""
+    """Seconds that the commands take in sequence, after evicting the files in `unread` from the page cache."""
 
     def measure() -> float:
         shutil.rmtree(out, ignore_errors=True)
@@ -137,7 +137,7 @@ def seconds(out: Path, *commands: list[str], unread: Path | None = None) -> Call
 
 
 def processor(measure: Callable[[], float]) -> Callable[[], float]:
-    """How long the processor was at work for them, on all cores and in the kernel."""
+    """The CPU seconds that `measure` takes, on all cores and including the kernel's."""
 
     def used() -> float:
         before = os.times()
@@ -153,7 +153,7 @@ def measure(work: Path, runs: int, python: str | None) -> list[dict]:
     size = sum(file.stat().st_size for file in source.iterdir())
     copies = [["cp", "-r", str(source), str(out / name)] for name in ("a", "b")]
     subprocess.run(command(source, out / "verified", "--verify"), check=True, capture_output=True)
-    # The load is that of other work: the conversion needs the processor, cp does not.
+    # The load average shows other work, which slows down the conversion, but not cp.
     about = {"gigabytes": round(size / 1e9, 3), "load_average": round(os.getloadavg()[0], 1)}
     rows = []
     for what, unread in (("wall, until it is on the disk", None), ("wall, from the disk and onto it", source)):
@@ -203,7 +203,7 @@ def measure(work: Path, runs: int, python: str | None) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--transformers", metavar="PYTHON", help="of an environment with transformers 4.46")
+    parser.add_argument("--transformers", metavar="PYTHON", help="Python of an environment with transformers 4.46")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "convert.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

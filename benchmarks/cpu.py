@@ -1,10 +1,10 @@
-"""SmolLM2-135M in float32 on a CPU: the NumPy reference beside transformers, in one process, turn by turn.
+"""SmolLM2-135M in float32 on a CPU: the NumPy reference against transformers, interleaved in one process.
 
     python -m benchmarks.cpu                 # a table, and benchmarks/results/cpu.json
 
-Decode is bound by memory: every token reads all 538 MB of weights once, so tokens/s is the number to read. Prefill is
-bound by arithmetic: read the time. One thread is the figure to quote; with two, neighbours on a shared machine make
-it swing. What counts is the ratio, since both take turns under the same weather. Best and median of several runs.
+Decode is memory-bound: every token reads all 538 MB of weights once, so compare tokens/s. Prefill is compute-bound:
+compare times. Quote the figures for one thread; with two, they vary with other load on a shared machine. The ratio is
+what counts, since both run under the same conditions. Reports best and median of several runs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PROMPT, NEW = 512, 64
 
 
 def providers(folder: Path) -> dict[str, tuple[Callable[[], np.ndarray], Callable[[], float]]]:
-    """For each provider: a prefill of PROMPT tokens that gives their logits, and a decode that gives tokens/s."""
+    """For each provider: a prefill of PROMPT tokens that returns their logits, and a decode that returns tokens/s."""
     params, config = reference.load(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT))
@@ -53,11 +53,11 @@ def providers(folder: Path) -> dict[str, tuple[Callable[[], np.ndarray], Callabl
 
 
 def speed(folder: Path, threads: int, runs: int) -> list[dict]:
-    """Prefill and decode of every provider, `runs` times in turn."""
+    """Prefill and decode of every provider, interleaved `runs` times."""
     torch.set_num_threads(threads)
     with threadpool_limits(threads, user_api="blas"):
         rivals = providers(folder)
-        ours, theirs = (prefill() for prefill, _ in rivals.values())  # warms up too
+        ours, theirs = (prefill() for prefill, _ in rivals.values())  # also the warm-up
         difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
         assert difference < 1e-4, f"the providers disagree by {difference}"
         seconds = harness.take_turns({name: timed(prefill) for name, (prefill, _) in rivals.items()}, runs)
@@ -69,7 +69,7 @@ def speed(folder: Path, threads: int, runs: int) -> list[dict]:
 
 
 def timed(function: Callable[[], object]) -> Callable[[], float]:
-    """A function that gives the seconds `function` takes."""
+    """A function that runs `function` and returns the seconds it took."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -80,7 +80,7 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
 
 
 def start_up(runs: int) -> list[dict]:
-    """Seconds until `import llama` is done and until `llama --help` has ended."""
+    """Seconds that `import llama` and `llama --help` take."""
     timed_import = "import time; s = time.perf_counter(); import llama; print(time.perf_counter() - s)"
     imports, helps = [], []
     for _ in range(runs):
@@ -96,7 +96,7 @@ def start_up(runs: int) -> list[dict]:
 
 
 def peak_memory(folder: Path) -> dict:
-    """Peak resident memory of a whole `llama generate`, beside the bytes of the float32 weights."""
+    """Peak resident memory of a whole `llama generate`, and the size of the float32 weights."""
     command = [sys.executable, "-m", "llama", "generate", "--backend", "reference", "--model", str(folder), "Hello"]
     peak = harness.peak_memory(command)
     weights = sum(4 * int(np.prod(shape)) for _, shape in reference.parameter_shapes(reference.load(folder)[1]))

@@ -1,23 +1,23 @@
-"""A whole model reading and writing, beside transformers and llama.cpp, turn by turn: what `llama bench model` runs.
+"""A whole model reading and writing text, against transformers and llama.cpp, interleaved: `llama bench model`.
 
     llama bench model smollm2                            # on a GPU if there is one
     llama bench model model.gguf --peers transformers,llama.cpp --prompt 512 --new 128 --batch 1,8
 
-The tests have llama-bench's names. pp512 reads 512 tokens of every row at once, up to the choice of the first new one:
-read tokens/s, and the time to the first token. tg128 passes 128 tokens of every row through the model one by one, from
-an empty cache, each the likeliest after the one before: read tokens/s. The tokens of all rows count. "llama" and
-"transformers" are bare loops over forward; those named after a way of decoding ("llama static"), transformers-generate
-and transformers-compiled are a whole `generate`, which only writes. Every provider runs a test once before its turns,
-but a bare loop on a CPU that would take over two seconds for it.
+The tests have llama-bench's names. pp512 is prefill: it reads 512 tokens of every row at once and chooses the first new
+one; compare tokens/s, and the time to the first token. tg128 is decode: it passes 128 tokens of every row through the
+model one by one, from an empty cache, each the most likely after the one before; compare tokens/s. The tokens of all
+rows count. "llama" and "transformers" are bare loops over forward; transformers-generate, transformers-compiled and
+those named after a decoding mode ("llama static") are a whole `generate`, for tg only. Every provider runs a test once
+as a warm-up, except a bare loop on a CPU that would take over two seconds.
 
-`of_floor` is how near a provider comes to what this machine allows. The floor is the longer of two times: the bytes
-that must be read (every matrix once a pass, and the cache) over the bandwidth of reading, and the operations (2 for
-each weight and token, 4 for each pair of tokens, head and width) over the rate of a square matrix product; `bound` says
-which it was. Both rates are measured in the same turns, on a GPU between two events on its stream; the tests by the
-wall clock, with the host's part, as who waits for an answer sees it.
+`of_floor` is how close a provider comes to this machine's limit. The floor is the longer of two times: the bytes that
+must be read (every matrix once per forward pass, and the cache) over the read bandwidth, and the operations (2 per
+weight and token, 4 per pair of tokens, head and channel) over the rate of a square matrix product; `bound` says which.
+Both rates are measured in the same rounds, on a GPU between two events on its stream; the tests by the wall clock, host
+time included, as a waiting user sees it.
 
-Whoever has no room for a test is left out of it and named. `error` is the largest difference of scores from ours,
-relative to the largest score; of a whole `generate`, how far its tokens lie below the likeliest.
+A provider that runs out of memory is left out of the test and reported. `error` is the largest difference of scores
+from ours, relative to the largest score; for a whole `generate`, how far its tokens' scores are below the best.
 """
 
 import contextlib
@@ -50,39 +50,39 @@ from .harness import Limits
 
 PROMPTS, NEW, BATCHES = (512, 4096), 128, (1, 8, 32)
 DECODINGS = ("plain", "static", "graph")
-BY_NAME = ("transformers-generate", "transformers-compiled")  # only where they are asked for
+BY_NAME = ("transformers-generate", "transformers-compiled")  # only if asked for
 PEERS = {
     "transformers": ("transformers", "transformers"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python"),
     **dict.fromkeys(BY_NAME, ("transformers", "transformers")),
 }
-LONG = 10.0  # seconds: a turn on a CPU that would take longer runs only when it is asked for
-WARM = 2.0  # seconds: a turn on a CPU that would take longer is not run once more, untimed, before
-CHECKED = 8  # steps with the cache, after a prompt of as many tokens, before anything is timed
-LLAMA_CPP_BUDGET = 0.25  # it rounds activations to 8 bits where weights are quantised: SmolLM2 in Q4_1 shows 0.11
+LONG = 10.0  # seconds: tests that would take longer on a CPU run only if asked for
+WARM = 2.0  # seconds: tests that would take longer on a CPU run without a warm-up
+CHECKED = 8  # steps with the cache, after a prompt of as many tokens, checked before anything is timed
+LLAMA_CPP_BUDGET = 0.25  # it rounds activations to 8 bits if weights are quantised: SmolLM2 in Q4_1 shows 0.11
 
 
 class Model(Protocol):
-    """A model that reads, and remembers what it has read."""
+    """A model with a cache of what it has read."""
 
     name: str
     backend: str
     dtype: str
-    element: float  # bytes of a weight
-    budget: float  # how far its scores may lie from the first provider's, relative to the largest
+    element: float  # bytes per weight
+    budget: float  # how far its scores may be from the first provider's, relative to the largest
 
     def start(self, ids: np.ndarray) -> Any:
-        """Forget everything and read (B, T) ids; the scores (B, V) of the next token."""
+        """Clear the cache and read (B, T) ids; return the scores (B, V) of the next token."""
 
     def step(self, tokens: Any) -> Any:
-        """Read one more token of each row, (B, 1); the scores (B, V) of the next."""
+        """Read one more token of each row, (B, 1); return the scores (B, V) of the next."""
 
     def forget(self) -> None:
-        """Give up the memory of what was read."""
+        """Free the cache."""
 
 
 class TorchModel:
-    """Ours or transformers': both are called alike."""
+    """Ours or transformers', which are called alike."""
 
     def __init__(self, name: str, model: Any):
         self.name, self.model = name, model
@@ -111,14 +111,14 @@ class TorchModel:
 
 
 class Generator(TorchModel):
-    """A whole `generate`, ours or transformers', which takes the likeliest token and stops at none. It only writes."""
+    """A whole `generate`, ours or transformers', greedy and without end tokens. For tg tests only."""
 
     def __init__(self, name: str, model: Any, backend: str, **options: Any):
         super().__init__(name, model)
         self.backend, self.options = backend, options
 
     def write(self, ids: np.ndarray, new: int) -> torch.Tensor:
-        """The (B, new) tokens after (B, T) ids."""
+        """Generate (B, new) tokens after (B, T) ids."""
         kind = type(self.model.generation_config)
         before, self.model.generation_config = self.model.generation_config, kind(pad_token_id=0)  # without end tokens
         try:
@@ -153,7 +153,7 @@ class ReferenceModel:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, which reads one text at a time, from a .gguf file."""
+    """llama.cpp through llama-cpp-python, from a .gguf file; one text at a time."""
 
     name, backend, dtype, budget = "llama.cpp", "ggml", "as stored", LLAMA_CPP_BUDGET
 
@@ -178,7 +178,7 @@ class LlamaCpp:
 
 
 class Machine(NamedTuple):
-    """Where it runs: the device, the threads, and the clock."""
+    """Where to run: the device, the number of threads, and the clock."""
 
     device: torch.device
     threads: int
@@ -189,13 +189,13 @@ class Machine(NamedTuple):
         return self.device.type == "cuda"
 
     def now(self) -> float:
-        """The time when all work so far is done."""
+        """The time once all queued work is done."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
         return self.clock()
 
     def seconds(self, work: Callable[[], object]) -> Callable[[], float]:
-        """A function that gives the seconds `work` takes."""
+        """A function that runs `work` and returns the seconds it took."""
 
         def measure() -> float:
             start = self.now()
@@ -206,7 +206,7 @@ class Machine(NamedTuple):
 
 
 class Test(NamedTuple):
-    """A test of llama-bench: `passes` through the model, each with `tokens` of every row."""
+    """A test of llama-bench: `passes` forward passes, each with `tokens` tokens of every row."""
 
     batch: int
     passes: int
@@ -225,7 +225,7 @@ class Test(NamedTuple):
         return self.passes * self.tokens
 
     def run(self, model: Model, ids: np.ndarray) -> None:
-        """Read the first tokens of `ids` (B, T), and go on with the likeliest; then forget it all."""
+        """Read the first tokens of `ids` (B, T), continue with the most likely ones, then free the cache."""
         if isinstance(model, Generator):
             model.write(ids[: self.batch, : self.tokens], self.passes)
             return
@@ -235,12 +235,12 @@ class Test(NamedTuple):
         model.forget()
 
     def demands(self, config: reference.Config, element: float) -> tuple[float, int]:
-        """The bytes that must be read and the operations that must be done, with numbers of `element` bytes."""
+        """The bytes that must be read and the operations that must be done, with `element` bytes per weight."""
         L, E, F, V = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         layers = L * (2 * E * H * D + 2 * E * K * D + 3 * E * F)
-        head = V * E  # of the last token of a pass alone
-        seen = self.tokens * self.passes * (self.passes + 1) // 2  # tokens of one row in the cache, over the passes
+        head = V * E  # only for the last token of a pass
+        seen = self.tokens * self.passes * (self.passes + 1) // 2  # cached tokens of one row, summed over the passes
         pairs = self.length * (self.length + 1) // 2
         size = element * (self.passes * (layers + head) + self.batch * seen * 2 * L * K * D)
         work = 2 * self.batch * (self.length * layers + self.passes * head) + self.batch * pairs * 4 * L * H * D
@@ -248,7 +248,7 @@ class Test(NamedTuple):
 
 
 def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """Functions that give the bandwidth of reading (bytes/s) and the rate of a product (operations/s)."""
+    """Functions that measure the read bandwidth (bytes/s) and the rate of a matrix product (operations/s)."""
     clock = harness.CudaClock() if machine.is_gpu else harness.Clock(machine.clock)
     reading, multiplying = harness.reading(machine.device, clock), harness.multiplying(machine.device, dtype, clock)
     return {"bandwidth": reading, "rate": multiplying}
@@ -256,25 +256,25 @@ def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Callable[[], float
 
 def chosen(asked_prompts: Sequence[int] | None, new: int, asked_batches: Sequence[int] | None, config: reference.Config,
            element: int, machine: Machine, limit: Limits) -> tuple[list[Test], list[Test]]:  # fmt: skip
-    """The tests to run, and those left out: of the default ones those that are too long for the model, and on a CPU
-    those that take longer than LONG a turn."""
+    """The tests to run, and the default ones left out: those too long for the model and, on a CPU, those that would
+    take longer than LONG."""
     asked = asked_prompts is not None and asked_batches is not None
     tests = [Test(batch, 1, tokens) for tokens, batch in product(asked_prompts or PROMPTS, asked_batches or BATCHES)]
     tests += [Test(batch, new, 1) for batch in asked_batches or BATCHES] if new else []
     most = config.max_position_embeddings
     over = [test for test in tests if test.length > most]
     if refused := [test.name for test in over if test.writes or asked_prompts is not None]:
-        raise ValueError(f"{refused[0]} is longer than the {most} tokens this model was made for; ask for fewer")
+        raise ValueError(f"{refused[0]} is longer than this model's maximum of {most} tokens; ask for fewer")
     tests = [test for test in tests if test not in over]
     if asked or machine.is_gpu:
         return tests, over
-    least = Test(min(asked_batches or BATCHES), new, 1)  # one test runs in any case
+    least = Test(min(asked_batches or BATCHES), new, 1)  # one test always runs
     short = [t for t in tests if t == least or limit.floor(t.demands(config, element))[0] <= LONG]
     return short, over + [test for test in tests if test not in short]
 
 
 def load(name: str, place: Path, backend: str, dtype: str | torch.dtype | None, machine: Machine, room: int) -> Model:
-    """A provider by name: "llama", or a peer, with the model at `place`. `room` is the longest text it will read."""
+    """Load a provider, "llama" or a peer, with the model at `place`. `room` is the longest text it will read."""
     if name == "llama.cpp":
         shapes = reference.parameter_shapes(reference.Config.from_dict(open_checkpoint(place).config))
         parameters = sum(int(np.prod(shape)) for _, shape in shapes)
@@ -288,7 +288,7 @@ def load(name: str, place: Path, backend: str, dtype: str | torch.dtype | None, 
         with torch.inference_mode():
             ours.backend = "triton" if uses_triton(backend, next(ours.model.parameters())) else "torch"
         return ours
-    if name.startswith("llama "):  # decoding in one of its ways
+    if name.startswith("llama "):  # one of the decoding modes
         model = LlamaForCausalLM.from_pretrained(place, dtype=dtype, device=machine.device, backend=backend)
         return generator(name, model, backend)
     import transformers
@@ -301,18 +301,18 @@ def load(name: str, place: Path, backend: str, dtype: str | torch.dtype | None, 
 
 
 def generator(name: str, model: Any, backend: str) -> Generator:
-    """One that writes with the `generate` of a model that is there: "llama static", "transformers-generate" ..."""
+    """A provider that uses a loaded model's `generate`: "llama static", "transformers-generate" ..."""
     if name == "transformers-compiled":
         import transformers
 
-        how = transformers.CompileConfig(dynamic=False)  # each batch gets code of its own
-        how._compile_all_devices = True  # type: ignore[assignment]  # else on a GPU alone
+        how = transformers.CompileConfig(dynamic=False)  # compile each batch size separately
+        how._compile_all_devices = True  # type: ignore[assignment]  # else only on a GPU
         return Generator(name, model, backend, cache_implementation="static", compile_config=how)
     return Generator(name, model, backend, **({} if name in PEERS else {"decoding": name.removeprefix("llama ")}))
 
 
 def place_for(name: str, checkpoint: Checkpoint, dtype: torch.dtype, stack: contextlib.ExitStack) -> Path:
-    """Where a provider finds the model: transformers gets what it reads otherwise, or not at all, in its own layout."""
+    """The provider's path to the model, converted for transformers if that would read it differently or not at all."""
     if not name.startswith("transformers") or (checkpoint.path / "config.json").exists():
         return checkpoint.path
     folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -323,11 +323,11 @@ def place_for(name: str, checkpoint: Checkpoint, dtype: torch.dtype, stack: cont
 def check(models: Sequence[Model], ids: np.ndarray) -> dict[str, float]:
     """The largest difference of each model's scores from the first one's, relative to the largest score.
 
-    All read the same prompt, and with their caches the same tokens after it: those that the first finds likeliest.
-    Whoever only writes continues the prompt; what counts is how far the first finds those tokens below its likeliest.
+    All read the same prompt, and with their caches the same tokens after it: the first one's most likely ones. A
+    `Generator` continues the prompt; its error is how far the first one scores those tokens below its most likely.
 
     Raises:
-        ValueError: one lies beyond its budget.
+        ValueError: a difference exceeds the budget.
     """
     errors = dict.fromkeys((model.name for model in models[1:]), 0.0)
     first = models[0]
@@ -340,8 +340,8 @@ def check(models: Sequence[Model], ids: np.ndarray) -> dict[str, float]:
         budget = max(model.budget, first.budget)
         if errors[model.name] > budget:
             raise ValueError(
-                f"{first.name} ({first.backend}) and {model.name} do not compute the same: after {length} "
-                f"tokens their scores differ by {error:.2g} of the largest, and {budget:g} is allowed. "
+                f"{first.name} ({first.backend}) and {model.name} do not agree: after {length} tokens their "
+                f"scores differ by {error:.2g}, relative to the largest, and {budget:g} is allowed. "
                 "Nothing was timed"
             )
 
@@ -357,9 +357,9 @@ def check(models: Sequence[Model], ids: np.ndarray) -> dict[str, float]:
         if isinstance(model, Generator):
             try:
                 written = model.write(prompt, CHECKED).cpu().numpy()
-            except RuntimeError as refused:  # of a compiler, or a capture
+            except RuntimeError as refused:  # by a compiler or a capture
                 words = (str(refused).strip().splitlines() or [type(refused).__name__])[0]
-                raise ValueError(f"{model.name} does not run here, leave it out: {words[:300]}") from refused
+                raise ValueError(f"{model.name} does not run here; leave it out: {words[:300]}") from refused
             expected = _array(first.start(prompt))
             for step in range(CHECKED):
                 below = expected.max() - expected[0, written[0, step]]
@@ -379,10 +379,10 @@ def _like(model: Model, tokens: np.ndarray) -> Any:
 
 
 def peers_for(asked: Sequence[str] | None, checkpoint: Checkpoint) -> list[str]:
-    """The peers that were asked for, or those that are installed and can read the model.
+    """The peers that were asked for, or by default those that are installed and can read the model.
 
     Raises:
-        ValueError: one that is unknown, not installed, or cannot read it.
+        ValueError: one is unknown, not installed, or cannot read it.
     """
     installed = [name for name, (module, _) in PEERS.items() if importlib.util.find_spec(module)]
     is_gguf = checkpoint.path.suffix.lower() == ".gguf"
@@ -394,17 +394,17 @@ def peers_for(asked: Sequence[str] | None, checkpoint: Checkpoint) -> list[str]:
             there = f"; installed: {', '.join(installed)}" if installed else ""
             raise harness.NotHere(f"{name} is not installed: pip install {PEERS[name][1]}{there}")
         if name == "llama.cpp" and not is_gguf:
-            raise ValueError(f"llama.cpp reads .gguf files, and {checkpoint.path} is none; leave it out of --peers")
+            raise ValueError(f"llama.cpp reads .gguf files, not {checkpoint.path}; leave it out of --peers")
     return list(dict.fromkeys(asked))
 
 
 def ways(asked: Sequence[str], backend: str, machine: Machine) -> list[str]:
-    """Our own `generate` as providers, one for each way of decoding that was asked for."""
+    """Our own `generate` as providers, one for each decoding mode that was asked for."""
     harness.known("decoding", asked, DECODINGS)
     if asked and backend == "reference":
-        raise ValueError("the reference has one way of decoding: leave --decoding out")
+        raise ValueError("the reference has only one decoding mode: leave out --decoding")
     if "graph" in asked and not machine.is_gpu:
-        raise harness.NotHere("--decoding graph needs a GPU; static takes the same steps on any device")
+        raise harness.NotHere("--decoding graph needs a GPU; static runs the same steps on any device")
     return [f"llama {name}" for name in dict.fromkeys(asked)]
 
 
@@ -424,15 +424,15 @@ def benchmark(
     say: Callable[[str], object] = lambda words: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of every test and provider, each as soon as it is measured. `say` gets what a reader should know."""
+    """Yield the rows of every test and provider as soon as they are measured. `say` receives notes for the reader."""
     checkpoint = open_checkpoint(where)
     rivals = peers_for(peers, checkpoint)
     machine = Machine(harness.device_for(device), threads or torch.get_num_threads(), clock)
     names = ["llama", *ways(decodings, backend, machine), *rivals]
     if not machine.is_gpu:
-        say("No GPU is used: these are a CPU's figures, and no Triton kernel ran.")
+        say("No GPU is used: these are CPU figures, and no Triton kernel ran.")
     if backend == "reference" and (machine.is_gpu or dtype not in ("auto", "float32")):
-        raise ValueError("the reference computes on a CPU in float32: leave --dtype out, and say --device cpu")
+        raise ValueError("the reference computes on a CPU in float32: leave out --dtype, and use --device cpu")
     if backend == "reference":
         dtype = "float32"
     config = reference.Config.from_dict(checkpoint.config)
@@ -444,33 +444,33 @@ def benchmark(
         for name in names[1:]:
             models.append(beside(name, models) or load(name, places[name], backend, number, machine, room))
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (max(batches or BATCHES), room))
-        errors = check(models, ids)  # warms up, too
+        errors = check(models, ids)  # also a warm-up
         best = limits(machine, number)
         known = Limits(*(max(values) for values in harness.take_turns(best, 3).values()))
         tests, left_out = chosen(prompts, new, batches, config, number.itemsize, machine, known)
         most = config.max_position_embeddings
         for why, some in (
-            (f"the model was made for {most} tokens", [test for test in left_out if test.length > most]),
-            (f"a turn takes over {LONG:.0f} s here", [test for test in left_out if test.length <= most]),
+            (f"the model's maximum is {most} tokens", [test for test in left_out if test.length > most]),
+            (f"a run takes over {LONG:.0f} s here", [test for test in left_out if test.length <= most]),
         ):
             if some:
                 long = ", ".join(f"{test.name} of {test.batch}" for test in some)
-                asking = "" if some[0].length > most else " --prompt and --batch together ask for it."
-                say(f"Left out, for {why}: {long}.{asking}")
+                asking = "" if some[0].length > most else " Pass both --prompt and --batch to run it."
+                say(f"Left out because {why}: {long}.{asking}")
         for test in tests:
             able = [model for model in models if test.batch == 1 or not isinstance(model, LlamaCpp)]
             if len(able) < len(models):
-                say(f"{test.name} of {test.batch}: llama.cpp is left out, for its binding reads one text at a time.")
+                say(f"{test.name} of {test.batch}: llama.cpp is left out because its binding reads one text at a time.")
             able = [model for model in able if test.writes or not isinstance(model, Generator)]
-            out: list[str] = []  # whoever had no room
+            out: list[str] = []  # those out of memory
             run = partial(attempt, out)
             quick = machine.is_gpu or known.floor(test.demands(config, number.itemsize))[0] <= WARM
             if not quick:
-                say(f"{test.name} of {test.batch}: forward is not warmed up, for a turn takes over {WARM:.0f} s here.")
+                say(f"{test.name} of {test.batch}: no warm-up for forward because a run takes over {WARM:.0f} s here.")
             peaks = {model.name: run(model, partial(peak, model, test, ids, places[model.name], backend, machine))
                      for model in able if memory}  # fmt: skip
-            for model in able:  # after the peaks, before which everything is given up, recordings too
-                if quick or isinstance(model, Generator):  # which may have to compile, or to record
+            for model in able:  # after the peaks, which free everything first, recordings too
+                if quick or isinstance(model, Generator):  # which may have to compile or record
                     run(model, partial(test.run, model, ids))
             turns = {model.name: partial(run, model, machine.seconds(partial(test.run, model, ids)))
                      for model in able if model.name not in out}  # fmt: skip
@@ -478,7 +478,7 @@ def benchmark(
             for model in models:
                 model.forget()
             for name in out:
-                say(f"{test.name} of {test.batch}: {name} is left out, for it is out of memory.")
+                say(f"{test.name} of {test.batch}: {name} is left out because it ran out of memory.")
             able = [model for model in able if model.name not in out]
             limit = Limits(max(measured["bandwidth"]), max(measured["rate"]))
             ours = None if "llama" in out else statistics.median(measured["llama"])
@@ -503,7 +503,7 @@ def benchmark(
 
 
 def beside(name: str, models: Sequence[Model]) -> Generator | None:
-    """Whoever writes with the `generate` of a model that is loaded already; None where it is not, or it does not."""
+    """A `Generator` on a model that is already loaded; None if there is none, or `name` is not a `Generator`."""
     if name not in BY_NAME and not name.startswith("llama "):
         return None
     base = "transformers" if name in BY_NAME else "llama"
@@ -512,7 +512,7 @@ def beside(name: str, models: Sequence[Model]) -> Generator | None:
 
 
 def attempt(out: list[str], model: Model, work: Callable[[], Any]) -> Any:
-    """`work()`; where there is no room for it, the model goes into `out`, and does nothing more."""
+    """`work()`; if it runs out of memory, the model is added to `out` and skipped from then on."""
     if model.name in out:
         return None
     try:
@@ -522,13 +522,13 @@ def attempt(out: list[str], model: Model, work: Callable[[], Any]) -> Any:
             raise
         out.append(model.name)
         model.forget()
-    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    torch.cuda.empty_cache()  # a no-op without a GPU
     return None
 
 
 @contextlib.contextmanager
 def using(threads: int) -> Iterator[None]:
-    """Within, PyTorch and NumPy's BLAS have so many threads."""
+    """Give PyTorch and NumPy's BLAS this many threads, within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -539,8 +539,8 @@ def using(threads: int) -> Iterator[None]:
 
 
 def figures(test: Test, seconds: list[float], ours: float | None, floor: float) -> dict[str, Any]:
-    """What the turns of one provider say. `ratio` is its median time over `ours`: above 1 we are faster;
-    None where there is no time of ours."""
+    """The figures from one provider's runs. `ratio` is its median time over `ours`: above 1, ours is faster; None
+    without a time of ours."""
     spread, tokens = harness.spread(seconds), test.batch * test.length
     median = spread["median"]
     slow_to_fast = (("median", median), ("p10", spread["p90"]), ("p90", spread["p10"]))
@@ -553,8 +553,8 @@ def figures(test: Test, seconds: list[float], ours: float | None, floor: float) 
 
 
 def peak(model: Model, test: Test, ids: np.ndarray, place: Path, backend: str, machine: Machine) -> int | None:
-    """Megabytes: on a GPU the model's weights and the most that a test allocates beyond what was there; on a CPU the
-    most that a process needs which loads this one provider and runs the test once; None where it has no room."""
+    """Peak memory in megabytes: on a GPU, of the model's weights and what the test allocates on top; on a CPU, of a
+    process that loads this provider alone and runs the test once. None if it fails or cannot be measured."""
     if not machine.is_gpu:
         code = f"import sys, json; from {__name__} import alone; alone(**json.loads(sys.argv[1]))"
         what = {"name": model.name, "place": str(place), "backend": backend, "dtype": model.dtype,
@@ -573,7 +573,7 @@ def peak(model: Model, test: Test, ids: np.ndarray, place: Path, backend: str, m
 
 
 def alone(name: str, place: str, backend: str, dtype: str, threads: int, test: list[int]) -> None:
-    """What the process does whose memory `peak` measures."""
+    """The process whose memory `peak` measures."""
     machine, wanted = Machine(torch.device("cpu"), threads), Test(*test)
     number = getattr(torch, dtype, None)  # llama.cpp has its own
     with using(threads):
@@ -581,7 +581,7 @@ def alone(name: str, place: str, backend: str, dtype: str, threads: int, test: l
         wanted.run(model, np.arange(wanted.batch * wanted.tokens).reshape(wanted.batch, -1) % 256)
 
 
-# -- for people -------------------------------------------------------------------------------------------------------
+# -- printing ---------------------------------------------------------------------------------------------------------
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "test": lambda row: row["test"],
@@ -599,7 +599,7 @@ WIDTHS = (6, 5, 20, 9, 8, 15, 13, 16, 7, 15)
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """A table of Markdown, line by line as the rows come."""
+    """A Markdown table, line by line as the rows come."""
     for place, one in enumerate(rows):
         if place == 0:
             names = [" - ".join(harness.between(one["runs"])) if name == "p10 - p90" else name for name in COLUMNS]
@@ -610,7 +610,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def comma_separated(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The same rows as CSV, every number in full; "tokens_per_s" becomes three columns."""
+    """The same rows as CSV, in full precision; "tokens_per_s" becomes three columns."""
     for place, one in enumerate(rows):
         flat: dict[str, Any] = {}
         for key, value in one.items():

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, turns, median and spread, the machine, and the files that keep it all."""
+"""What the benchmarks share: clocks, interleaving, statistics, facts about the machine, and results files."""
 
 import json
 import os
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "torch", "triton", "transformers", "liger-kernel", "flash-attn", "llama-cpp-python")
-ENOUGH = 7  # values that have a tenth percentile beside their smallest
+ENOUGH = 7  # values, at least, for a tenth percentile that is not the minimum
 
 
 class NotHere(ValueError):
-    """Something was asked for by a name that nothing has here."""
+    """A requested name is unknown, or unavailable on this machine."""
 
 
 def known(kind: str, names: Iterable[str], there: Iterable[str]) -> None:
-    """Refuse a name that is none of those that are there, and say them.
+    """Check that `there` contains every name.
 
     Raises:
-        NotHere: a name.
+        NotHere: it does not; the message lists it.
     """
     there = list(there)
     for name in names:
         if name not in there:
             near = get_close_matches(name, there, 1)
-            perhaps = f"; did you mean {near[0]}? There" if near else "; there"
-            raise NotHere(f"no {kind} is called {name!r}{perhaps} are {', '.join(there)}")
+            perhaps = f"; did you mean {near[0]}? Choose" if near else "; choose"
+            raise NotHere(f"unknown {kind} {name!r}{perhaps} from {', '.join(there)}")
 
 
 def device_for(asked: str) -> "torch.device":
-    """The device of that name, a GPU as the current one; "auto" is a GPU if there is one.
+    """The device of that name, made current if it is a GPU; "auto" is a GPU if there is one.
 
     Raises:
         NotHere: there is no such device.
@@ -55,48 +55,48 @@ def device_for(asked: str) -> "torch.device":
     name = ("cuda" if count else "cpu") if asked == "auto" else asked
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if not found:
-        raise NotHere(f"no device is called {asked!r}; there are auto, cpu, cuda and cuda:1, cuda:2 ...")
+        raise NotHere(f"unknown device {asked!r}; choose from auto, cpu, cuda, cuda:1, cuda:2 ...")
     if name == "cpu":
         return torch.device("cpu")
     if not count:
-        raise NotHere(f"PyTorch sees no GPU, and --device {asked} asks for one; figures of a GPU need a GPU")
+        raise NotHere(f"--device {asked} needs a GPU, and PyTorch finds none")
     if int(found[1] or 0) >= count:
-        raise NotHere(f"no device is called {asked!r}; there are {', '.join(f'cuda:{i}' for i in range(count))}")
+        raise NotHere(f"there is no device {asked!r}; choose from {', '.join(f'cuda:{i}' for i in range(count))}")
     device = torch.device(name)
     torch.cuda.set_device(device)
     return device
 
 
 class Clock:
-    """Measures a call on a CPU, in seconds."""
+    """Times a call on a CPU, in seconds."""
 
-    graphs = False  # whether `repeated` can take the launches out of the time
+    graphs = False  # whether `repeated` removes the launch overhead
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
 
     def __call__(self, call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-        """Seconds of `call`; what `before` does is done by then and not counted."""
+        """Seconds that `call` takes; `before` runs first and is not counted."""
         before()
         start = self._now()
         call()
         return self._now() - start
 
     def repeated(self, call: Callable[[], object], times: int) -> Callable[[], object] | None:
-        """`call`, as often, in one launch; None where it cannot be recorded."""
+        """`call`, repeated in one launch; None if it cannot be recorded."""
         return lambda: [call() for _ in range(times)]
 
 
 class CudaClock(Clock):
-    """Measures a call on a GPU: between two events on its stream.
+    """Times a call on a GPU, between two events on its stream.
 
-    A pause goes before the first event. While the GPU sleeps the host gets ahead of it, and a call of several kernels
-    finds all of them waiting: the host's part does not count. It does where the host takes longer than the pause, and
-    where a call waits for the GPU in its middle.
+    A pause precedes the first event. While the GPU sleeps, the host gets ahead, so that all kernels of a call are
+    queued when it starts, and host time is not counted. It is if the host takes longer than the pause, or if the call
+    synchronises with the GPU.
     """
 
     graphs = True
-    PAUSE = 400_000  # cycles, some 0.2 ms: longer than the host takes to launch any of what is measured
+    PAUSE = 400_000  # cycles, about 0.2 ms: longer than the host takes to launch anything measured here
 
     def __call__(self, call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
         import torch
@@ -111,18 +111,18 @@ class CudaClock(Clock):
         return start.elapsed_time(end) / 1e3
 
     def repeated(self, call: Callable[[], object], times: int) -> Callable[[], object] | None:
-        """A CUDA graph of `call`, `times` over; replaying it costs one launch. None where `call` waits for the GPU:
-        that ends a capture, and what comes after a capture that ended so cannot be trusted."""
+        """A CUDA graph of `call`, repeated, which costs one launch to replay. None if `call` synchronises with the GPU:
+        that aborts a capture, and what runs after an aborted capture cannot be trusted."""
         import torch
 
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is set up at the first calls may not be set up in a capture
+        with torch.cuda.stream(stream):  # what the first calls set up must not be set up in a capture
             for _ in range(3):
                 call()
             before = torch.cuda.get_sync_debug_mode()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it calls itself a prototype
+                warnings.simplefilter("ignore")  # that it is a prototype
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 call()
@@ -142,18 +142,18 @@ def clock(device: "torch.device") -> Clock:
 
 
 class Limits(NamedTuple):
-    """What the machine can do at best: bytes moved and operations of a matrix product, each in a second."""
+    """The machine's peak rates, per second: bytes moved, and operations of a matrix product."""
 
     bandwidth: float
     rate: float
 
     def floor(self, demands: tuple[float, float]) -> tuple[float, str]:
-        """The seconds without which it cannot be done, and what binds."""
+        """The least seconds that this takes, and what bounds it."""
         return max((demands[0] / self.bandwidth, "memory"), (demands[1] / self.rate, "arithmetic"))
 
 
 def reading(device: "torch.device", clock: Clock) -> Callable[[], float]:
-    """A function that gives the bytes/s of reading: a sum over a gigabyte (CPU: a quarter), past every cache."""
+    """A function that measures reading, in bytes/s: a sum over 1 GiB (CPU: 256 MiB), more than any cache."""
     import torch
 
     words = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
@@ -161,7 +161,7 @@ def reading(device: "torch.device", clock: Clock) -> Callable[[], float]:
 
 
 def copying(device: "torch.device", clock: Clock) -> Callable[[], float]:
-    """A function that gives the bytes/s of copying half a gigabyte (CPU: an eighth), read and written ones."""
+    """A function that measures copying 512 MiB (CPU: 128 MiB), in bytes/s read and written."""
     import torch
 
     source = torch.ones(2**29 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
@@ -170,7 +170,7 @@ def copying(device: "torch.device", clock: Clock) -> Callable[[], float]:
 
 
 def multiplying(device: "torch.device", dtype: "torch.dtype", clock: Clock) -> Callable[[], float]:
-    """A function that gives the FLOP/s of a square product."""
+    """A function that measures the FLOP/s of a square matrix product."""
     import torch
 
     size = 8192 if device.type == "cuda" else 1024
@@ -184,9 +184,9 @@ def _rate(clock: Clock, call: Callable[[], object], amount: float) -> Callable[[
 
 
 def take_turns(rivals: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """What each rival measured, `runs` times. They take turns, so that all have the same weather.
+    """Measure each rival `runs` times, interleaved, so that all run under the same conditions.
 
-    Every other turn goes backwards: who is first pays for what the last one left behind.
+    Every other round runs in reverse, because the first one pays for what the last one left behind.
     """
     measured: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(runs):
@@ -196,19 +196,19 @@ def take_turns(rivals: Mapping[str, Callable[[], float]], runs: int) -> dict[str
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, the 10th and 90th percentile (of fewer than ENOUGH the ends), and the smallest."""
+    """The median, the 10th and 90th percentiles (below ENOUGH values, the extremes), and the minimum."""
     ordered = sorted(values)
     tenth = round(0.1 * (len(ordered) - 1))
     return {"median": statistics.median(ordered), "p10": ordered[tenth], "p90": ordered[-1 - tenth], "best": ordered[0]}
 
 
 def between(runs: int) -> tuple[str, str]:
-    """What "p10" and "p90" of so many values are."""
+    """What `spread` returns as "p10" and "p90" for this many values."""
     return ("p10", "p90") if runs >= ENOUGH else ("min", "max")
 
 
 def digits(value: float, count: int = 5) -> float:
-    """So many digits of it."""
+    """Round to `count` significant digits."""
     return float(f"{value:.{count}g}")
 
 
@@ -218,7 +218,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def row(what: str, unit: str, measured: dict[str, list[float]], best: Callable = min, **more: object) -> dict:
-    """Best and median of each rival, and the first one's over the last one's."""
+    """Best and median of each rival, and the ratio of the first one's to the last one's."""
     bests = {name: best(values) for name, values in measured.items()}
     medians = {name: statistics.median(values) for name, values in measured.items()}
     first, last = next(iter(measured)), next(reversed(measured))
@@ -235,8 +235,8 @@ def row(what: str, unit: str, measured: dict[str, list[float]], best: Callable =
 
 
 def peak_memory(command: list[str]) -> int:
-    """Bytes: the largest resident memory of a process that runs `command`."""
-    # From a small process in between: a child counts the memory of the process it was forked from as its own.
+    """Peak resident memory, in bytes, of a process that runs `command`."""
+    # Through a small intermediate process: a child's peak includes the memory of the process that it was forked from.
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], capture_output=True, check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -246,7 +246,7 @@ def peak_memory(command: list[str]) -> int:
 
 
 def device() -> str:
-    """The processor, in words."""
+    """The CPU's name, cores and AVX-512."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -255,7 +255,7 @@ def device() -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name for a folder: "NVIDIA H100 80GB HBM3" is h100, "AMD EPYC, 2 cores, AVX-512" epyc-2-cores."""
+    """A device's name as a folder name: "NVIDIA H100 80GB HBM3" is h100, "AMD EPYC, 2 cores, AVX-512" epyc-2-cores."""
     name, _, cores = re.sub(r"\((R|TM|C)\)|\b\d+th gen\b", "", name, flags=re.IGNORECASE).partition(",")
     words = re.findall(r"[a-z0-9.]+", re.sub(r"\b(i\d)-", r"\1 ", name.lower()))
     words = [word for word in words if word not in ("nvidia", "amd", "intel", "geforce", "cpu", "processor")]
@@ -268,9 +268,9 @@ def slug(name: str) -> str:
 
 
 def header(command: str, gpu: bool = False, **more: Any) -> dict[str, Any]:
-    """The first line of a file of results: what was run, when, and on what. `gpu`: the current one, not the CPU.
+    """The first line of a results file: what was run, when, and on what. `gpu`: the current GPU, not the CPU.
 
-    Clocks are those of now; ask while or right after something runs.
+    Clock rates are read now, so call this while or right after something runs.
     """
     facts: dict[str, Any] = {"device": device(), "driver": None, "clocks": _cpu_clock()}
     if gpu:
@@ -293,10 +293,10 @@ def _cpu_clock() -> str | None:
 
 
 def _nvidia(index: int) -> dict[str, str | None]:
-    """The driver, and the clocks at hand, in words; None where there is no nvidia-smi to ask."""
+    """The driver version and the current clocks as text; None without nvidia-smi."""
     import torch
 
-    # nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES; both know the UUID
+    # nvidia-smi numbers all GPUs, PyTorch those in CUDA_VISIBLE_DEVICES; both know the UUID
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     which = f"GPU-{uuid}" if uuid else str(index)
     asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
@@ -311,9 +311,9 @@ def _nvidia(index: int) -> dict[str, str | None]:
 
 @contextmanager
 def lines_to(path: Path | None, what: str, header: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Within, what is called keeps a row in the file, at once: whoever is interrupted keeps what there was.
+    """Yield a function that writes a row to the file at once, so that an interrupted run keeps its rows.
 
-    A path that is a folder, or has no suffix, stands for its <device>/<what>.jsonl; None keeps nothing.
+    A path that is a folder, or has no suffix, means <device>/<what>.jsonl in it; None writes nothing.
     """
     if path is None:
         yield lambda row: None
@@ -332,22 +332,22 @@ def lines_to(path: Path | None, what: str, header: dict[str, Any]) -> Iterator[C
 
 
 def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The header and the rows of a file of results.
+    """The header and the rows of a results file.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not a results file.
         OSError: it cannot be read.
     """
     try:
         first, *rows = [json.loads(line) for line in path.read_text().splitlines()]
         first["command"], first["device"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of results: JSON lines, the first of them a header") from error
+        raise ValueError(f"{path} is not a results file: JSON lines, the first of them a header") from error
     return first, rows
 
 
 def write(path: Path, module: str, model: str, rows: list[dict]) -> None:
-    """Print the rows and keep them, with what is needed to measure them again."""
+    """Print the rows and save them, with what is needed to reproduce them."""
     for one in rows:
         print("  ".join(f"{key}={value}" for key, value in one.items()))
     libraries = ("numpy", "torch", "transformers")

@@ -1,24 +1,24 @@
-"""Every public kernel at Llama's shapes, beside its peers and beside what the device allows: `llama bench kernels`.
+"""Every public kernel at Llama's shapes, against its peers and the device's limits: `llama bench kernels`.
 
-    llama bench kernels                                    # on a GPU the whole grid, some minutes; --quick one
+    llama bench kernels                                    # on a GPU the whole grid, in minutes; --quick in one
     llama bench kernels --op rms_norm,swiglu --model 8b --tokens 1,4096 --dtype bfloat16 --peers eager,liger
     llama bench kernels --json --out benchmarks/results    # JSON lines, also into a file of the device's folder
 
-Which number to read: norms, RoPE, SwiGLU, gemv, cross-entropy and decode attention are bound by memory, read GB/s;
-prefill attention and linear cross-entropy of many tokens by arithmetic, read TFLOP/s. A row has the one that binds: the
-bytes that must move over the rate of a copy, or the products over the rate of a matrix product in the same dtype,
-whichever takes longer, both measured at the start of the run. That longer time over the median is `of_limit`. At one
-token read the microseconds. A copy writes as much as it reads, so what mostly reads may pass 1 by a little.
+Which figure to compare: norms, RoPE, SwiGLU, gemv, cross-entropy and decode attention are memory-bound: GB/s. Prefill
+attention, and linear cross-entropy of many tokens, are compute-bound: TFLOP/s. A row has the one that applies. The
+limit is the longer of two times: the bytes that must move over the rate of a copy, or the products over the rate of a
+matrix product in the same dtype, both measured at the start of the run; `of_limit` is that time over the median. For
+one token, compare microseconds. A copy writes as much as it reads, so operations that mostly read may slightly pass 1.
 
-The method: every provider is first held against the reference in float64, and against ours on every element; who
-disagrees is reported and not timed. Providers take turns. On a GPU two events are around the call, and before it a
-buffer of twice the last cache is written over: `cache` is cold. Shapes so small that launching would be what is
-measured run twenty times in a CUDA graph instead: `graph` is true, `cache` is warm, and `of_limit` counts bytes that
-may never have left the cache. Whoever waits for the GPU in its call cannot be in a graph; it is timed as large shapes
-are. `ratio` is a provider's median over ours, where both are timed alike: above 1 we are faster.
+Method: every provider is first checked against the reference in float64, and against ours on every element; one that
+disagrees is reported and not timed. Providers are interleaved. On a GPU, a call is timed between two events, after
+overwriting a buffer of twice the last-level cache: `cache` is cold. Shapes so small that launching would dominate run
+twenty times in a CUDA graph instead: `graph` is true, `cache` is warm, and `of_limit` counts bytes that may never have
+left the cache. A provider that synchronises with the GPU cannot be captured, and is timed like large shapes. `ratio` is
+a provider's median over ours, if both are timed alike: above 1, ours is faster.
 
-Without a GPU the kernels do not run. Then the first provider is our PyTorch path, the shapes are few and small, and
-torch.compile, which builds for seconds at every shape, is there only by name.
+Without a GPU the kernels do not run. The first provider is then our PyTorch path, the shapes are few and small, and
+torch.compile, which takes seconds to compile each shape, only runs if named.
 """
 
 import warnings
@@ -37,28 +37,28 @@ from .peers import ON_GPUS, PEERS, SDPA, Inputs, error, here, inputs, outputs, p
 from .shapes import Case
 
 NO_GPU = "no GPU: the Triton kernels did not run; this is the PyTorch path"
-# The largest error that passes, relative to the largest number: of sums in that dtype, not of TensorFloat-32.
+# The largest error accepted, relative to the largest value: for sums in that dtype, not in TensorFloat-32.
 AGREES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
-LAUNCH_BOUND = 10e-6  # seconds at the limit, below which a GPU runs a graph
+LAUNCH_BOUND = 10e-6  # seconds at the limit, below which a GPU uses a graph
 IN_A_GRAPH = 20
 _short = partial(harness.digits, count=4)
-TURNS, SECONDS = (harness.ENOUGH, 30), 0.5  # how often each provider is measured, and for how long all together
+TURNS, SECONDS = (harness.ENOUGH, 30), 0.5  # runs per provider (least, most), and the time for all of them
 
 
 Limits = Mapping[str, harness.Limits]  # by dtype
 
 
 def floor(case: Case, limits: Limits) -> tuple[float, str]:
-    """The least time for a case, and what binds: "memory" or "arithmetic", which counts where there are products."""
+    """The least time for a case, and what bounds it: "memory" or, for matrix products, perhaps "arithmetic"."""
     work = case.flops if shapes.COSTS[case.op].products else 0
     return limits[case.dtype].floor((case.moved, work))
 
 
 @torch.no_grad()
 def measure_limits(dtypes: Sequence[str], device: torch.device, clock: Clock) -> Limits:
-    """The best of ten copies, and of ten square products.
+    """The best of ten copies, and of ten square matrix products.
 
-    A dtype in which the device multiplies slower than in float32 has float32's limit: one may compute in that.
+    A dtype in which the device multiplies slower than in float32 gets float32's limit, as one may compute in that.
     """
     product = {}
     for dtype in ("float32", *dtypes):
@@ -72,9 +72,9 @@ def _best(rate: Callable[[], float]) -> float:
 
 
 def flusher(device: torch.device) -> Callable[[], object]:
-    """What leaves nothing useful in the last cache: writing over twice its size.
+    """A function that flushes the last-level cache by overwriting twice its size.
 
-    On a GPU over 512 MB at least: behind the L2 that PyTorch knows of, an MI300 has 256 MB for all of its dies.
+    On a GPU at least 512 MiB: beyond the L2 that PyTorch reports, an MI300 has 256 MB shared by all of its dies.
     """
     if device.type == "cuda":
         size = max(torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
@@ -85,7 +85,7 @@ def flusher(device: torch.device) -> Callable[[], object]:
 
 
 class Left(NamedTuple):
-    """A provider, or a whole case, without a time, and why. `wrong`: it computes something else."""
+    """A provider, or a whole case, that was not timed, and why. `wrong`: its results are."""
 
     case: Case
     provider: str
@@ -101,20 +101,20 @@ def measure(
     case: Case, calls: Mapping[str, Callable[[], Any]], given: Inputs, limits: Limits, clock: Clock,
     flush: Callable[[], object],
 ) -> Iterator[dict[str, Any] | Left]:  # fmt: skip
-    """The rows of one case, ours first. `calls` are the providers on the inputs `given`."""
+    """Yield the rows of one case, ours first. `calls` are the providers on the inputs `given`."""
     agreed, errors, right = {}, {}, truth(case, given)
     first: list[torch.Tensor] | None = None
     for name, call in calls.items():
         try:
             results = outputs(case, given, partial(_run, call))
             errors[name], apart = error(right, results), _apart(results, first)
-        except Exception as refused:  # whatever a provider, its compiler or the allocator throws
+        except Exception as refused:  # whatever a provider, its compiler or the allocator raises
             yield Left(case, name, reason(refused))
             continue
         off, allowed = errors[name], AGREES[case.dtype]
         if not (off <= allowed and apart <= 2 * allowed):
             miss = f"{off:.2g} from float64" if not off <= allowed else f"{apart:.2g} from the first provider's"
-            yield Left(case, name, f"it is {miss}, and {allowed:g} is allowed", wrong=True)
+            yield Left(case, name, f"it differs by {miss}, and {allowed:g} is allowed", wrong=True)
             continue
         if first is None:
             first = [result.clone() for result in results]
@@ -160,7 +160,7 @@ def _turn(clock: Clock, call: Callable[[], object], before: Callable[[], object]
 
 
 def _apart(results: list[torch.Tensor], first: list[torch.Tensor] | None) -> float:
-    """The largest distance from the first provider's results, over their largest number, on every element."""
+    """The largest difference from the first provider's results, on every element, relative to their largest value."""
     if first is None:
         return 0.0
     return max(float((a.float() - b.float()).abs().max() / b.float().abs().max())
@@ -168,7 +168,7 @@ def _apart(results: list[torch.Tensor], first: list[torch.Tensor] | None) -> flo
 
 
 def _run(call: Callable[[], Any]) -> Any:
-    """`call()`; where PyTorch's attention refuses, the last thing that it warned of is the reason."""
+    """`call()`; if PyTorch's attention refuses, raise with its last warning as the reason."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -181,7 +181,7 @@ def _run(call: Callable[[], Any]) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """An error in a line."""
+    """An error in one line."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return "out of memory"
     lines = str(error).strip().splitlines()
@@ -192,7 +192,7 @@ def reason(error: Exception) -> str:
 
 
 class Plan(NamedTuple):
-    """What a run is asked for."""
+    """What a run measures, and where."""
 
     device: torch.device
     backend: str  # of ours
@@ -204,10 +204,11 @@ def plan(
     ops: Sequence[str] = (), dtypes: Sequence[str] = (), models: Sequence[str] = (), tokens: Sequence[int] = (),
     batches: Sequence[int] = (), peers: Sequence[str] = (), quick: bool = False, device: str = "auto",
 ) -> Plan:  # fmt: skip
-    """The run for these names; what is not given is the device's default.
+    """The run for these options; what is not given defaults by device.
 
     Raises:
-        ValueError: something of that name is not there (NotHere, which says what is), or nothing is left to measure.
+        NotHere: a name is unknown or unavailable; the message lists those available.
+        ValueError: nothing is left to measure.
     """
     where = harness.device_for(device)
     if gpu := where.type == "cuda":
@@ -220,8 +221,8 @@ def plan(
     harness.known("peer", names, PEERS)
     for name in names:
         if name not in there:
-            missing = "is not installed" if gpu or name not in ON_GPUS else "wants a GPU"
-            raise harness.NotHere(f"the peer {name} {missing}; there are {', '.join(there)}")
+            missing = "is not installed" if gpu or name not in ON_GPUS else "needs a GPU"
+            raise harness.NotHere(f"the peer {name} {missing}; choose from {', '.join(there)}")
     chosen = names or [name for name in there if gpu or name != "compile"]
     small, grid = (shapes.GPU_QUICK, shapes.GPU) if gpu else (shapes.CPU_QUICK, shapes.CPU)
     usual = (["8b"] if quick else ["7b", "8b", "70b"]) if gpu else ["135m"]
@@ -237,9 +238,9 @@ def plan(
 def run(
     plan: Plan, command: str, clock: Clock | None = None, say: Callable[[str], object] = lambda text: None
 ) -> Iterator[dict[str, Any] | Case | Left]:
-    """The header; then of each case, the case itself and its rows, with what was left out and why.
+    """Yield the header; then for each case, the case itself and its rows, with what was left out and why.
 
-    `say` is told how long it may take.
+    `say` receives the estimated duration.
     """
     device, gpu = plan.device, plan.device.type == "cuda"
     clock = clock or harness.clock(device)
@@ -256,7 +257,7 @@ def run(
     flush = flusher(device)
     for case in plan.cases:
         yield case
-        torch.compiler.reset()  # a shape is compiled for itself, as often as there are shapes
+        torch.compiler.reset()  # compile each shape by itself, without a limit on recompiles
         try:
             given = inputs(case, device)
             calls = providers(case, given, plan.backend, plan.peers)
@@ -279,7 +280,7 @@ def estimate(plan: Plan, limits: Limits) -> float:
     )
 
 
-# -- for people --------------------------------------------------------------------------------------------------------
+# -- printing ----------------------------------------------------------------------------------------------------------
 
 COLUMNS = f"    {'provider':15}{'median us':>11}{'p10 - p90':>21}{'rate':>16}{'of limit':>10}{'ratio':>8}{'error':>10}"
 
@@ -290,7 +291,7 @@ def heading(header: Mapping[str, Any]) -> list[str]:
     lines = [header["note"]] if header["note"] else []
     device = header["device"] + (f", driver {header['driver']}" if header["driver"] else "")
     device += f", {harness.plural(header['threads'], 'thread')}" if header["threads"] else ""
-    return [*lines, device, f"the limits: a copy moves {limits['copy_gbps']:g} GB/s, products make {products}", COLUMNS]
+    return [*lines, device, f"limits: a copy moves {limits['copy_gbps']:g} GB/s, a matrix product {products}", COLUMNS]
 
 
 def title(case: Case) -> str:

@@ -1,12 +1,12 @@
-"""SmolLM2-135M on a CPU: the PyTorch model beside transformers, in one process, turn by turn.
+"""SmolLM2-135M on a CPU: the PyTorch model against transformers, interleaved in one process.
 
     python -m benchmarks.model               # a table, and benchmarks/results/model.json
 
-Decode is bound by memory: every token reads all weights once, so the floor is their bytes over the bandwidth at which
-the same threads read the same weights (a sum over each), measured in the same turns; `of_floor` says how near decode
-comes. Prefill is bound by arithmetic. The toy model (one layer of width 64) has next to nothing to compute: its time
-per token is what generating costs around the model. One thread is the figure to quote; with two, neighbours on a
-shared machine make it swing. What counts is the ratio, since both take turns under the same weather.
+Decode is memory-bound: every token reads all weights once, so the floor is their bytes over the bandwidth at which the
+same threads read the same weights (a sum over each), measured in the same rounds; `of_floor` says how close decode
+comes. Prefill is compute-bound. The toy model (one layer of width 64) has next to nothing to compute: its time per
+token is the overhead of generating. Quote the figures for one thread; with two, they vary with other load on a shared
+machine. The ratio is what counts, since both run under the same conditions.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from . import harness
 
 PROMPT, NEW, TOY_NEW = 512, 48, 256
 LIBRARIES: dict[str, Any] = {"llama": llama, "transformers": transformers}
-# A whole process of either library: load, read a prompt of 512 tokens, write 16.
+# A whole process with either library: load, read a prompt of 512 tokens, write 16.
 WHOLE = """
 import sys, torch, {library} as library
 model = library.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
@@ -50,7 +50,7 @@ def prefill(model: Any, ids: torch.Tensor) -> Callable[[], float]:
 def decode(model: Any, ids: torch.Tensor, new: int = NEW) -> Callable[[], float]:
     @torch.inference_mode()
     def measure() -> float:
-        """tokens/s of a bare loop over forward, which is how the two compare layer by layer."""
+        """tokens/s of a bare loop over forward, which compares the models themselves."""
         out = model(ids[:, :32], use_cache=True, logits_to_keep=1)
         start = time.perf_counter()
         for _ in range(new):
@@ -63,7 +63,7 @@ def decode(model: Any, ids: torch.Tensor, new: int = NEW) -> Callable[[], float]
 
 def generate(model: Any, ids: torch.Tensor, new: int = NEW, **options: Any) -> Callable[[], float]:
     def measure() -> float:
-        """tokens/s of a whole `generate`, whose prompt of 8 tokens counts for little."""
+        """tokens/s of a whole `generate`, whose prompt of 8 tokens hardly counts."""
         prompt = ids[:, :8]
         start = time.perf_counter()
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
@@ -76,7 +76,7 @@ def generate(model: Any, ids: torch.Tensor, new: int = NEW, **options: Any) -> C
 
 
 def read_bandwidth(model: torch.nn.Module) -> Callable[[], float]:
-    words = [weight.detach().view(torch.float32) for weight in model.parameters()]  # as such, whatever they hold
+    words = [weight.detach().view(torch.float32) for weight in model.parameters()]  # as words, whatever the dtype
     size = sum(word.nbytes for word in words)
 
     def measure() -> float:
@@ -90,7 +90,7 @@ def read_bandwidth(model: torch.nn.Module) -> Callable[[], float]:
 
 
 def speed(folder: Path, dtype: torch.dtype, threads: int, runs: int) -> list[dict]:
-    """Prefill, decode and generate of both, beside the bandwidth."""
+    """Prefill, decode and generate of both, and the read bandwidth."""
     torch.set_num_threads(threads)
     name = str(dtype).removeprefix("torch.")
     models = {key: library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -99,7 +99,7 @@ def speed(folder: Path, dtype: torch.dtype, threads: int, runs: int) -> list[dic
     size = sum(weight.nbytes for weight in models["llama"].parameters())
     settings = {"dtype": name, "threads": threads}
     with threadpool_limits(threads, user_api="blas"), torch.inference_mode():
-        ours, theirs = (model(ids).logits.float() for model in models.values())  # warms up too
+        ours, theirs = (model(ids).logits.float() for model in models.values())  # also the warm-up
         error = float((ours - theirs).abs().max() / theirs.abs().max())
         assert error < {"float32": 1e-4, "bfloat16": 0.1}[name], f"the two disagree by {error}"
         turns = {key: decode(model, ids) for key, model in models.items()}
@@ -119,7 +119,7 @@ def speed(folder: Path, dtype: torch.dtype, threads: int, runs: int) -> list[dic
 
 
 def loading(folder: Path, runs: int) -> dict:
-    """Seconds of from_pretrained, files in the system's cache, the library imported."""
+    """Seconds of from_pretrained, with the files in the page cache and the library imported."""
 
     def load(library: Any) -> Callable[[], float]:
         def measure() -> float:
@@ -134,8 +134,8 @@ def loading(folder: Path, runs: int) -> dict:
 
 
 def toy(runs: int) -> list[dict]:
-    """Microseconds per token with a model of one small layer, on one thread: of generate, of the bare loop over forward
-    that `decode` is, and what the one takes more than the other."""
+    """Microseconds per token of a model with one small layer, on one thread: of generate, of `decode`'s bare loop over
+    forward, and the difference."""
     torch.set_num_threads(1)
     fields = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
               "num_attention_heads": 4, "eos_token_id": None}  # fmt: skip
@@ -156,7 +156,7 @@ def toy(runs: int) -> list[dict]:
 
 
 def memory(folder: Path) -> dict:
-    """Peak resident memory of a whole process of each."""
+    """Peak resident memory of a whole process with each library."""
     peaks = {key: [round(harness.peak_memory([sys.executable, "-c", WHOLE.format(library=key), str(folder)]) / 1e6)]
              for key in LIBRARIES}  # fmt: skip
     return harness.row("peak memory", "MB", peaks)

@@ -1,8 +1,8 @@
-"""The operations of `llama.kernels` as others do them: one callable for each provider, on the same inputs.
+"""Other implementations of the operations in `llama.kernels`: one callable per provider, on the same inputs.
 
-Inputs go by the reference's argument names. `eager` is what transformers writes, `compile` is torch.compile of that,
-`fused` PyTorch's one operation where it has one; `sdpa-*` force one backend of PyTorch's attention. None of them gets
-a gradient to compute.
+Inputs are named as the reference's arguments. `eager` is what transformers does, `compile` is torch.compile of that,
+`fused` is PyTorch's single operation where it has one; `sdpa-*` force one backend of PyTorch's attention. No gradients
+are computed.
 """
 
 import importlib.util
@@ -36,13 +36,13 @@ ON_GPUS = ("sdpa-cudnn", "sdpa-efficient", *PACKAGES)
 
 
 def here(device: torch.device) -> list[str]:
-    """The peers that can be asked for on this device."""
+    """The peers available on this device."""
     names = [name for name in PEERS if device.type == "cuda" or name not in ON_GPUS]
     return [name for name in names if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
-    """Random arguments of the operation, laid out as a model has them: heads behind tokens, a cache in one piece."""
+    """Random arguments of the operation, laid out as in a model: heads inside tokens, contiguous caches."""
     size, dtype = case.shape, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(0)
     B, T, S, H, K, D, E, V = (size.get(letter, 0) for letter in "BTSHKDEV")
@@ -92,13 +92,13 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def outputs(case: Case, given: Inputs, call: Callable[[], Any]) -> list[torch.Tensor]:
-    """What a provider makes, as a list; of caches, the part that it should write, and nobody before it has written."""
+    """A provider's results as a list; of caches, which are zeroed first, the part that it should write."""
     written = [given[name] for name in ("k_cache", "v_cache") if case.op == "apply_rope_to_cache"]
     for cache in written:
         cache.zero_()
     result = call()
     results = list(result) if isinstance(result, tuple | list) else [result]
-    if case.op == "gemv":  # the kernel's is one tensor
+    if case.op == "gemv":  # the kernel returns one tensor
         results = [torch.cat(results, 1)]
     return results + [cache[:, :, PAST:] for cache in written]
 
@@ -116,7 +116,7 @@ def ours(case: Case, given: Inputs, backend: str) -> Callable[[], Any]:
 
 
 def _to_cache(rope: Callable[..., Any], q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tensor:
-    """As `llama.cache` stores: a slice of the room, here all that is behind PAST."""
+    """Store as `llama.cache` does, in a slice of the buffers: here everything after PAST."""
     q, k = rope(q, k, cos, sin)
     k_cache[:, :, PAST:] = k
     v_cache[:, :, PAST:] = v
@@ -138,7 +138,7 @@ def _decode(attend: Callable[..., Any], q, k_cache, v_cache, lengths, block_tabl
 
 
 def gathered(cache: torch.Tensor, block_table: torch.Tensor | None) -> torch.Tensor:
-    """A paged cache (pages, K, page, D) as (B, K, S, D), copied; any other as it is."""
+    """A paged cache (pages, K, page, D) copied to (B, K, S, D); any other as it is."""
     if block_table is None:
         return cache
     return cache[block_table.long()].transpose(1, 2).flatten(2, 3)
@@ -167,7 +167,7 @@ _TORCH: dict[str, Callable[..., Any]] = {
 
 
 def providers(case: Case, given: Inputs, backend: str, peers: Iterable[str]) -> dict[str, Callable[[], Any]]:
-    """Ours, called by its backend's name, then those of the peers that have this operation."""
+    """Ours, under its backend's name, then those of the peers that have this operation."""
     known: dict[str, Mapping[str, Callable[..., Any]]] = {
         "eager": _EAGER, "compile": _EAGER, "fused": _FUSED, **{name: _sdpa(name) for name in SDPA},
         "liger": _LIGER, "flash-attn": _FLASH_ATTN,
@@ -176,13 +176,13 @@ def providers(case: Case, given: Inputs, backend: str, peers: Iterable[str]) -> 
     for name in peers:
         function = known[name].get(case.op)
         if function is None or (name == "flash-attn" and {"page", "masked"} & {*case.shape}):
-            continue  # its pages are of 256 at least, and it has no masks
+            continue  # its pages have at least 256 tokens, and it has no masks
         if name == "compile":
             function = torch.compile(function, fullgraph=True, dynamic=False)
         own: Inputs = {}
-        if name == "liger":  # its rope may write over q and k; turned ever further, they cost the same
+        if name == "liger":  # its RoPE may overwrite q and k; rotating them repeatedly costs the same
             own = {key: given[key].clone() for key in ("q", "k") if key in given}
-        if name == "flash-attn" and "lengths" in given:  # in the dtype that it wants
+        if name == "flash-attn" and "lengths" in given:  # in the dtype that it needs
             own = {"lengths": given["lengths"].int()}
         calls[name] = partial(function, **given | own)
     return calls
@@ -261,11 +261,11 @@ def _sdpa(name: str) -> dict[str, Callable[..., Any]]:
     return {"flash_attention": attend, "decode_attention": partial(_decode, attend)}
 
 
-# Written against liger-kernel 0.8.5 and flash-attn 2; both want a GPU, and have not run yet.
+# Written against liger-kernel 0.8.5 and flash-attn 2; both need a GPU, and have not run yet.
 
 
 def _liger(name: str, *names: str) -> Callable[..., Any]:
-    """A function of Liger's that takes these of the inputs, in this order, tokens in a row."""
+    """A function of Liger's that takes these inputs in this order, with batch and tokens flattened."""
 
     def call(**given: Any) -> Any:
         function = getattr(import_module("liger_kernel.transformers.functional"), name)
@@ -297,16 +297,16 @@ _LIGER: dict[str, Callable[..., Any]] = {
 _FLASH_ATTN: dict[str, Callable[..., Any]] = {"flash_attention": _flash_attn, "decode_attention": _flash_attn_decode}
 
 
-# -- the truth ---------------------------------------------------------------------------------------------------------
+# -- expected results --------------------------------------------------------------------------------------------------
 
-WINDOW = 16  # tokens that are compared with the reference: at the start, in the middle, at the end; all if they are few
-Truth = list[tuple[list[int], slice, list[Any]]]  # rows (none: all of it), tokens, what each result must be there
+WINDOW = 16  # tokens compared with the reference at the start, in the middle and at the end; all of them if few
+Truth = list[tuple[list[int], slice, list[Any]]]  # rows (empty: everything), tokens, the expected results there
 
 
 def truth(case: Case, given: Inputs) -> Truth:
-    """What the reference makes of these inputs in float64, all of a loss or of a few rows.
+    """The reference's results for these inputs in float64: all of a loss or of gemv.
 
-    Of large inputs it takes the first and the last row, at three windows of tokens.
+    Otherwise those of the first and the last row, and of long ones only three windows of tokens.
     """
     if case.op in ("cross_entropy", "linear_cross_entropy"):
         return [([], slice(None), [np.array(_loss(**given))])]
@@ -321,7 +321,7 @@ def truth(case: Case, given: Inputs) -> Truth:
 
 
 def error(truth: Truth, results: list[torch.Tensor]) -> float:
-    """The largest distance from the truth, over its largest number; NaN where a result has one anywhere."""
+    """The largest difference from the truth, relative to its largest value; NaN if any result is not finite."""
     if not all(bool(result.isfinite().all()) for result in results):
         return float("nan")
     worst = 0.0
@@ -333,7 +333,7 @@ def error(truth: Truth, results: list[torch.Tensor]) -> float:
 
 
 def _exact(x: torch.Tensor, rows: list[int], tokens: slice) -> np.ndarray:
-    """Some rows and tokens of (B, T, ...) or (B, heads, T, D) in float64; what serves every row serves these."""
+    """Some rows and tokens of (B, T, ...) or (B, heads, T, D) in float64; a single row serves all rows."""
     x = x[rows] if len(x) > 1 else x
     return (x[:, :, tokens] if x.dim() == 4 else x[:, tokens]).double().cpu().numpy()
 
@@ -352,7 +352,7 @@ def _truth(case: Case, given: Inputs, rows: list[int], tokens: slice) -> list[An
         return turned if case.op == "apply_rope" else [*turned, part("v")]
     if case.op == "swiglu":
         return [reference.swiglu(part("gate"), part("up"))]
-    if case.op == "flash_attention":  # the reference's queries are the last of the keys it is given
+    if case.op == "flash_attention":  # the reference's queries are the last of its keys
         seen = slice(0, tokens.stop)
         return [reference.flash_attention(part("q"), part("k", seen), part("v", seen))]
     table = given.get("block_table")
@@ -366,7 +366,7 @@ def _truth(case: Case, given: Inputs, rows: list[int], tokens: slice) -> list[An
 
 def _loss(labels: torch.Tensor, logits: torch.Tensor | None = None, hidden: torch.Tensor | None = None,
           weight: torch.Tensor | None = None) -> float:  # fmt: skip
-    """`reference.cross_entropy` by PyTorch in float64, where the inputs are: NumPy would take minutes."""
+    """`reference.cross_entropy` in PyTorch, in float64 on the inputs' device: NumPy would take minutes."""
     total, places = 0.0, labels.flatten()
     matrix = None if weight is None else weight.double().T
     source = logits if hidden is None else hidden

@@ -1,6 +1,6 @@
-"""Results as pictures, each light and dark: needs matplotlib.
+"""Pictures of the results, in a light and a dark style; needs matplotlib.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; every series has a marker of its own, too.
+Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; every series also has its own marker.
 """
 
 import io
@@ -36,7 +36,7 @@ STYLES = {
 
 
 class Picture(NamedTuple):
-    """What it shows, in words; a file's name for it; and what draws it into a figure of a size in inches."""
+    """A picture: its name in file names, its caption, its size in inches, and the function that draws it."""
 
     name: str
     words: str
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
     draw: Callable[[Figure], None]
 
     def svg(self, style: str) -> str:
-        """The picture in the "light" or the "dark" style; the same bytes for the same results."""
+        """The picture in the "light" or the "dark" style; the same results give the same bytes."""
         colours: Any = STYLES[style]
         ink, paper = colours["ink"], colours["paper"]
         settings: Any = {
@@ -64,7 +64,7 @@ class Picture(NamedTuple):
 
 
 def pictures(kind: str, header: Row, rows: Sequence[Row]) -> list[Picture]:
-    """The pictures there are for results of this kind."""
+    """The pictures for results of this kind."""
     if kind == "kernels":
         name = header.get("ours", rows[0]["provider"])
         ours = [row for row in rows if row["provider"] == name and row["flops"]]
@@ -77,7 +77,7 @@ def pictures(kind: str, header: Row, rows: Sequence[Row]) -> list[Picture]:
 
 
 def roofline(header: Row, ours: Sequence[Row]) -> Picture:
-    """What our kernels reach, over the operations they have for a byte that moves, under what the device allows."""
+    """The FLOP/s of our kernels over their arithmetic intensity, under the device's limits."""
     ops = list(dict.fromkeys(row["op"] for row in ours))
 
     def draw(figure: Figure) -> None:
@@ -101,13 +101,13 @@ def roofline(header: Row, ours: Sequence[Row]) -> Picture:
         figure.legend(loc="outside right upper")
 
     words = (
-        f"Roofline of {ours[0]['provider']}: each point is a shape; the lines are what a copy and a product reach here."
+        f"Roofline of {ours[0]['provider']}: each point is a shape; the lines are the rates of a copy and a product."
     )
     return Picture("roofline", words, (9, 4.6), draw)
 
 
 def kernels_by_size(rows: Sequence[Row]) -> Picture:
-    """How near each provider comes to the limit as shapes grow, a panel for each operation."""
+    """How close each provider comes to the limit as shapes grow, one panel per operation."""
     ops = list(dict.fromkeys(row["op"] for row in rows))
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     across = min(3, len(ops))
@@ -131,12 +131,12 @@ def kernels_by_size(rows: Sequence[Row]) -> Picture:
             axes.set_xlabel("bytes that must move, MB")
         _legend(figure, providers)
 
-    words = "How near each provider comes to the limit of the device, by the size of the operation."
+    words = "How close each provider comes to the device's limit, by the size of the operation."
     return Picture("by-size", words, (9, 1.2 + 2.4 * down), draw)
 
 
 def model_by_batch(rows: Sequence[Row]) -> Picture:
-    """Tokens a second over the batch, a panel for each test."""
+    """Tokens per second over the batch size, one panel per test."""
     tests = list(dict.fromkeys(row["test"] for row in rows))
     providers = list(dict.fromkeys(_provider(row) for row in rows))
 
@@ -160,15 +160,15 @@ def model_by_batch(rows: Sequence[Row]) -> Picture:
             axes.set(xscale="log", title=test, xlabel="batch, texts", ylabel="tokens/s", ylim=(0, None))
             axes.set_xticks(batches, [str(batch) for batch in batches])
             axes.minorticks_off()
-        _legend(figure, providers, "what memory and arithmetic allow")
+        _legend(figure, providers, "limit of memory and arithmetic")
 
     low, high = between(min(row["runs"] for row in rows))
-    words = f"Tokens a second by batch, from {low} to {high}; dashed, what the machine allows in our dtype."
+    words = f"Tokens per second by batch size, bars from {low} to {high}; dashed, the machine's limit in our dtype."
     return Picture("by-batch", words, (max(4.5, 3.6 * len(tests)), 3.9), draw)
 
 
 def compiled(rows: Sequence[Row]) -> Iterator[Picture]:
-    """For each GPU: what binds each kernel there, and how many warps a multiprocessor holds of it."""
+    """For each GPU: what bounds each kernel there, and its occupancy."""
     for target in dict.fromkeys(row["target"] for row in rows):
         mine = [row for row in rows if row["target"] == target and row.get("roofline") and row.get("occupancy")]
         if mine:
@@ -189,13 +189,13 @@ def _compiled(target: str, rows: Sequence[Row]) -> Picture:
         _legend(figure, kernels)
 
     words = (
-        f"{target}: left of a line (the ridge of a dtype) memory binds, right of it arithmetic. Nothing here was run."
+        f"{target}: left of a line (a dtype's ridge point) memory-bound, right of it compute-bound. Nothing was run."
     )
     return Picture(f"{target}.occupancy", words, (9, 4.4), draw)
 
 
 def advantage(rows: Sequence[Row]) -> Picture:
-    """How many times as good as the last provider each other one is, in the medians."""
+    """How many times as good as the last provider each other one is, by medians."""
     compared = [row for row in rows if isinstance(row.get("median"), dict) and len(row["median"]) > 1]
     providers = list(dict.fromkeys(name for row in compared for name in list(row["median"])[:-1]))
     labels = []
@@ -218,7 +218,7 @@ def advantage(rows: Sequence[Row]) -> Picture:
         axes.set(xlabel="times as good in the median; right of 1 is better", xlim=(0, None))
         _legend(figure, providers)
 
-    words = "How many times as fast, or as small, each provider is as the one that is named beside the row."
+    words = "How many times as fast, or as small, each provider is as the one named beside the row."
     return Picture("advantage", words, (9, 1.3 + 0.27 * len(compared)), draw)
 
 
@@ -232,7 +232,7 @@ def _line(axes: Axes, points: Iterable[tuple[float, float]], place: int, **style
 
 
 def _legend(figure: Figure, names: Sequence[str], dashed: str | None = None) -> None:
-    """One legend below, whatever the panels show."""
+    """One legend below all panels."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], marker=MARKERS[place % len(MARKERS)], color=f"C{place}", label=name)

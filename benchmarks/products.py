@@ -1,10 +1,10 @@
-"""The products of decoding, one row with each of SmolLM2-135M's matrices: PyTorch beside NumPy, and both at once.
+"""Decoding's products of one row with each of SmolLM2-135M's matrices: PyTorch against NumPy, and both combined.
 
     python -m benchmarks.products            # a table, and benchmarks/results/products.json
 
-Bound by memory: read GB/s. Each turn goes through enough matrices of a shape to pass every cache. `threads` are those
-of both libraries. The last rows are whole steps of decoding, left to PyTorch, or in NumPy with the threads and the
-product as `llama.ops.rows_for_numpy` sets them, or in NumPy with BLAS's product and the threads left as they are.
+Memory-bound: compare GB/s. Each run uses enough matrices of a shape to exceed every cache. `threads` applies to both
+libraries. The last rows are whole decoding steps: in PyTorch, in NumPy with the threads and the product that
+`llama.ops.rows_for_numpy` chooses, or in NumPy with BLAS's product and unchanged threads.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def products(threads: int, runs: int) -> list[dict]:
 
 
 def steps(folder: Path, threads: int, runs: int) -> dict:
-    """tokens/s of the three ways."""
+    """tokens/s of decoding in three ways."""
     torch.set_num_threads(threads)
     model = llama.LlamaForCausalLM.from_pretrained(folder, dtype="float32")
     ids = torch.randint(0, 49152, (1, 32), generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""One page of HTML of all results, with tables and pictures and nothing to load from elsewhere: `llama bench report`.
+"""All results as one self-contained HTML page, with tables and pictures: `llama bench report`.
 
-    llama bench report                                   # what is committed here, into report.html
-    llama bench report --results build/bench --pictures  # other results; pictures beside each, light and dark
+    llama bench report                                   # the committed results, into report.html
+    llama bench report --results build/bench --pictures  # other results; pictures next to each, light and dark
 
-Every table says what was run, when and on what, and how it was measured: the words are those of the benchmark's own
-file. The page follows the reader's choice of light or dark.
+Every section says what was run, when and on what, and how it was measured, in the words of the benchmark's own
+docstring. The page follows the reader's light or dark mode.
 """
 
 import ast
@@ -19,10 +19,10 @@ import jinja2
 from . import harness
 
 Row = dict[str, Any]
-# The file that says how results of a command were measured.
+# The file whose docstring says how results of this kind were measured.
 METHODS = {"kernels": "kernels.py", "model": "generation.py", "static": "../llama/static.py"}
 TITLES = {"kernels": "Kernels", "model": "A whole model", "static": "Machine code for GPUs that need not be there"}
-# Of the other results the file's name says what they are.
+# Titles of the other results, by file name.
 NAMES = {
     "model": "The PyTorch model, by its parts",
     "cpu": "The NumPy reference",
@@ -49,7 +49,7 @@ HIDDEN = ("hash", "function", "seconds", "mma_wanted", "wide_wanted")  # of stat
 
 
 class Results(NamedTuple):
-    """A file of results. `kind`: "kernels", "model", "static", or "rivals" for those with a row for each thing."""
+    """A results file. `kind`: "kernels", "model", "static", or "rivals" for those with all providers in each row."""
 
     path: Path
     kind: str
@@ -63,7 +63,7 @@ class Results(NamedTuple):
 
     @property
     def method(self) -> list[str]:
-        """The paragraphs in which the benchmark says what it does."""
+        """The paragraphs of the benchmark's docstring."""
         words = str(self.header.get("command", "")).split()
         module = words[2].removeprefix("benchmarks.") + ".py" if words[:2] == ["python", "-m"] else ""
         file = Path(__file__).parent / METHODS.get(self.kind, module)
@@ -73,18 +73,18 @@ class Results(NamedTuple):
 
 
 def read(path: Path) -> Results:
-    """A file of results of any of the benchmarks.
+    """Read a results file of any of the benchmarks.
 
     Raises:
-        ValueError: it is none, or it is damaged. OSError: it cannot be read.
+        ValueError: it is not one, or it is damaged. OSError: it cannot be read.
     """
-    foreign = ValueError(f"{path} is no file of results of llama bench or python -m benchmarks: move it elsewhere")
+    foreign = ValueError(f"{path} is not a results file of llama bench or python -m benchmarks; move it elsewhere")
     try:
         text = path.read_text()
         if path.suffix == ".json":
             header = json.loads(text)
             rows = header.pop("rows")
-        elif "registers" in json.loads(text.partition("\n")[0]):  # static's lines need no header
+        elif "registers" in json.loads(text.partition("\n")[0]):  # static's files have no header
             header, rows = {}, [json.loads(line) for line in text.splitlines()]
         else:
             header, rows = harness.read_lines(path)
@@ -102,22 +102,22 @@ def find(folders: Sequence[Path]) -> list[Results]:
     """All results below the folders: kernels first, then models, then the rest.
 
     Raises:
-        ValueError: there are none, or a file is none of ours. OSError: a folder is not there.
+        ValueError: there are none, or a file is not one of ours. OSError: a folder does not exist.
     """
     for folder in folders:
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder; --results names one with files of results")
+            raise FileNotFoundError(f"{folder} is not a folder; --results takes folders of results files")
     files = [path for folder in folders for path in sorted(folder.rglob("*.json*")) if path.is_file()]
     files = list({path.resolve(): path for path in files}.values())
     found = [results for path in files if (results := read(path)).rows]
     if not found:
         where = ", ".join(map(str, folders))
-        raise ValueError(f"{where} has no results; llama bench model --out DIR makes some")
+        raise ValueError(f"{where} has no results; create some with llama bench model --out DIR")
     return sorted(found, key=lambda results: ("kernels", "model", "rivals", "static").index(results.kind))
 
 
 class Table(NamedTuple):
-    """Cells in words. `common` has what is the same in all rows, and has no column for it."""
+    """Cells as text. `common` has the fields that are the same in all rows, which get no column."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -125,7 +125,7 @@ class Table(NamedTuple):
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Any rows: a column for each field that differs."""
+    """A table of any rows, with a column for each field that differs."""
     flat = [{name: value for name, value in _flat(row) if name not in HIDDEN} for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     cells = {name: [_cell(name, row.get(name)) for row in flat] for name in names}
@@ -175,15 +175,15 @@ def _number(value: float) -> str:
 
 
 def write(folders: Sequence[Path], out: Path, beside: bool = False) -> Path:
-    """Make the page. `beside`: also write every picture beside its results, as <results>.<picture>.<style>.svg.
+    """Make the page. `beside`: also write every picture next to its results, as <results>.<picture>.<style>.svg.
 
     Raises:
-        ValueError: a file is no result, or matplotlib is missing. OSError: a file cannot be read or written.
+        ValueError: a file is not a results file, or matplotlib is missing. OSError: a file cannot be read or written.
     """
     from .pictures import STYLES, pictures
 
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; --out names a file")
+        raise ValueError(f"{out} is a folder; --out must name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     sections = []
     for results in find(folders or [harness.RESULTS]):

@@ -1,38 +1,38 @@
 """What `llama bench kernels` measures: Llama's sizes, what each operation must move and compute, the default shapes.
 
 Letters are the project's: B batch, T new tokens, S all tokens, H query heads, K key/value heads, D head size, E width,
-F width of the feed-forward half, V vocabulary; e is the bytes of a number.
+F feed-forward width, V vocabulary; e is the bytes per element.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 MODELS: dict[str, dict[str, int]] = {
-    "135m": {"E": 576, "F": 1536, "H": 9, "K": 3, "D": 64, "V": 49152},  # SmolLM2-135M: what a CPU is asked by default
+    "135m": {"E": 576, "F": 1536, "H": 9, "K": 3, "D": 64, "V": 49152},  # SmolLM2-135M, the default on a CPU
     "7b": {"E": 4096, "F": 11008, "H": 32, "K": 32, "D": 128, "V": 32000},  # Llama-2-7B
     "8b": {"E": 4096, "F": 14336, "H": 32, "K": 8, "D": 128, "V": 128256},  # Llama-3-8B
     "70b": {"E": 8192, "F": 28672, "H": 64, "K": 8, "D": 128, "V": 128256},  # Llama-3-70B
 }
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # and their bytes
-PAGE = 64  # places in a page of a paged cache
-FEW = 4  # the most rows of gemv: one new token of so many texts
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per element
+PAGE = 64  # tokens per page of a paged cache
+FEW = 4  # the most rows of gemv: one new token for each of this many texts
 
 
 class Cost(NamedTuple):
-    """What an operation cannot do without: every input read once, every output written once, and its arithmetic."""
+    """The least that an operation must do: read every input once, write every output once, and its arithmetic."""
 
     moved: Callable[..., int]  # bytes
     flops: Callable[..., int]
-    products: bool = False  # whether the arithmetic is matrix products, and a matrix product's rate its limit
+    products: bool = False  # whether the arithmetic is matrix products, whose rate then limits it
 
 
 def _pairs(T: int, S: int) -> int:
-    """The pairs of a query and a key that it sees, the queries being the last T of S tokens."""
+    """The number of pairs of a query and a visible key, the queries being the last T of S tokens."""
     return T * (S - T) + T * (T + 1) // 2
 
 
-# A product counts 2 for each multiplication and addition, as usual; an exponential or a root counts 1. Causal attention
-# counts the pairs that are seen, T (T + 1) / 2, where other benchmarks say T² / 2.
+# A multiply-add counts as 2, as usual; an exponential or a root as 1. Causal attention counts the visible pairs,
+# T (T + 1) / 2, where other benchmarks use T² / 2.
 COSTS: dict[str, Cost] = {
     "rms_norm": Cost(  # x, weight; y
         lambda B, T, E, e, **_: (2 * B * T * E + E) * e,
@@ -93,7 +93,7 @@ _LETTERS = {
     "flash_attention": "HKD", "decode_attention": "HKD", "cross_entropy": "V", "linear_cross_entropy": "EV",
 }  # fmt: skip
 
-# (B, T) by default; of decode_attention (B, S). `None` stands for the operations that are not named.
+# (B, T), or (B, S) for decode_attention. `None` stands for all operations not listed.
 Grid = Mapping[str | None, Sequence[tuple[int, int]]]
 GPU: Grid = {
     None: [(1, 1), (64, 1), (1, 512), (1, 4096), (1, 16384)],
@@ -116,13 +116,13 @@ class Case(NamedTuple):
     """One operation at one shape."""
 
     op: str
-    model: str  # those of `MODELS` that have this shape, joined by a slash
+    model: str  # those of `MODELS` that have this shape, joined by slashes
     shape: dict[str, int]
     dtype: str
 
     @property
     def moved(self) -> int:
-        """Bytes."""
+        """Bytes that must move."""
         return COSTS[self.op].moved(**self.shape, e=DTYPES[self.dtype])
 
     @property
@@ -137,9 +137,9 @@ def cases(
     ops: Iterable[str], models: Iterable[str], dtypes: Iterable[str], grid: Grid,
     tokens: Sequence[int] = (), batches: Sequence[int] = (),
 ) -> list[Case]:  # fmt: skip
-    """What to measure: the grid's places, or every given batch with every given number of tokens.
+    """The cases to measure: the grid's, or every given batch with every given number of tokens.
 
-    Of two models that ask for the same, one case has both names. Where T is always 1, numbers of tokens change nothing.
+    Models that share a shape share a case, which has both names. Where T is always 1, `tokens` has no effect.
     """
     found: dict[Any, Case] = {}
     for op in ops:
@@ -156,7 +156,7 @@ def cases(
 def _places(
     default: Sequence[tuple[int, int]], tokens: Sequence[int], batches: Sequence[int]
 ) -> Iterator[tuple[int, int]]:
-    """What is not given stays as the grid has it."""
+    """The grid's pairs, with the given values replacing its own."""
     pairs = [(B, T) for b, t in default for B in batches or [b] for T in tokens or [t]]
     yield from dict.fromkeys(pairs)
 

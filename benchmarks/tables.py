@@ -1,8 +1,8 @@
-"""The README's figures, from the committed results: rewrites what stands between its markers.
+"""The README's tables: regenerates what is between its markers from the committed results.
 
     python -m benchmarks.tables              # <!-- table: model --> ... <!-- end -->; tests/test_readme.py compares
 
-A table whose results are not there stays as it is.
+A table without results is left unchanged.
 """
 
 import re
@@ -19,7 +19,7 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rivals(rows: list[Row], lines: dict[str, tuple[str, int]]) -> str:
-    """A table of the best of each rival. `lines`: what stands on the left, and of which row with how many digits."""
+    """A table of each rival's best. `lines`: label -> (the row's `what`, the number of decimals)."""
     found: dict[str, Any] = {row["what"]: row.get("best") for row in rows}
     names = list(found[next(iter(lines.values()))[0]])
     table = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
@@ -29,7 +29,7 @@ def rivals(rows: list[Row], lines: dict[str, tuple[str, int]]) -> str:
 
 
 def plain(rows: list[Row]) -> list[Row]:
-    """Those in float32 on one thread, or without a word about it."""
+    """The rows in float32 on one thread, or that do not say."""
     return [row for row in rows if row.get("dtype", "float32") == "float32" and row.get("threads", 1) == 1]
 
 
@@ -62,7 +62,7 @@ def tokenizer(rows: list[Row]) -> str:
 
 
 def convert(rows: list[Row]) -> str:
-    """The best of each rival, where there is one."""
+    """A table of each rival's best, for rows with several rivals."""
     rows = [row for row in rows if len(row.get("best", ())) > 1]
     names = list(dict.fromkeys(name for row in rows for name in row["best"]))
     table = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
@@ -84,7 +84,7 @@ def batches(rows: list[Row]) -> str:
 
 
 def kernels(rows: list[Row]) -> str:
-    """The table of `llama bench kernels`, a line for each operation: medians over its shapes, with the ends."""
+    """The table of `llama bench kernels`, a line per operation: medians over its shapes (minimum – maximum)."""
     ours = ("triton", "torch")
     names = [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in ours]
     head = ["operation", "shapes", "of the limit", *(f"{name} / ours" for name in names)]
@@ -103,7 +103,7 @@ def _middle(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 
-# Of each the file or, where the pattern finds a folder for each device, the files.
+# name -> (file, or pattern for a file per device; function that makes the table)
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "model": ("model.json", model),
     "cpu": ("cpu.json", cpu),
@@ -115,16 +115,16 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 
 
 def filled(text: str, results: Path = harness.RESULTS) -> str:
-    """`text` with every table anew.
+    """`text` with every table regenerated.
 
     Raises:
-        ValueError: a marker names no table, or a file of results is none.
+        ValueError: a marker names an unknown table, or a results file is invalid.
     """
 
     def fill(found: re.Match[str]) -> str:
         start, name, end = found.groups()
         if name not in TABLES:
-            raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+            raise ValueError(f"unknown table {name!r}; choose from {', '.join(TABLES)}")
         pattern, build = TABLES[name]
         tables = []
         for path in sorted(results.glob(pattern)):

@@ -1,10 +1,10 @@
-"""The tokenizers on a vocabulary of Llama's kind, 32,000 pieces, beside transformers and SentencePiece, turn by turn.
+"""The tokenizers against transformers and SentencePiece, interleaved, on a Llama-like vocabulary of 32,000 pieces.
 
     python -m benchmarks.tokenizer           # a table, and benchmarks/results/tokenizer.json
 
-Bound by the processor: read the seconds of building, and millions of characters a second of encoding. Short texts show
-what each text costs beyond its characters; long ones what a character costs. The model file is the Apache-licensed one
-of the tests, which has the settings of Llama 2's.
+CPU-bound: compare seconds for building, and millions of characters per second for encoding. Short texts show the
+overhead per text, long ones the cost per character. The model file is the tests' Apache-licensed one, with Llama 2's
+settings.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def texts() -> dict[str, list[str]]:
     """The same half a million characters as lines, as documents, and as one text."""
     from tokenizer_texts import lines
 
-    special = ("<unk>", "<s>", "</s>")  # which SentencePiece alone takes for text
+    special = ("<unk>", "<s>", "</s>")  # which only SentencePiece treats as text
     short = [line for line in lines(1, 20_000) if not any(token in line for token in special)]
     return {
         "lines": short,
@@ -39,7 +39,7 @@ def texts() -> dict[str, list[str]]:
 
 
 def rates(rivals: dict[str, Callable[[list[str]], list[list[int]]]], what: str, runs: int) -> list[dict]:
-    """Millions of characters a second; the rivals agree on every id."""
+    """Millions of characters per second; asserts that the rivals agree on every id."""
     rows = []
     for kind, batch in texts().items():
         first, *others = (encode(batch) for encode in rivals.values())

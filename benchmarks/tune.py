@@ -1,10 +1,10 @@
-"""Find the tiles of kernels/tiles.py: compile every candidate, drop those that spill, time the rest, print the winners.
+"""Tune the tiles of kernels/tiles.py: compile every candidate, drop those that spill, time the rest, print the winners.
 
     python -m benchmarks.tune --kernel flash_attention                    # on a GPU: times, and lines for tiles.py
     python -m benchmarks.tune --kernel flash_attention --target sm_90     # anywhere: what compiles without spills
 
-The timing half has never run on a GPU. Today's tables are the largest tiles that compile without spills on both ends
-of the range of Triton that we support, and no measurement stands behind them.
+The timing has never run on a GPU. The current tables are the largest tiles that compile without spills on both the
+oldest and the newest Triton that we support; no measurement backs them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ KERNELS = ("rms_norm", "rope", "swiglu", "gemv", "cross_entropy", "flash_attenti
 
 
 class Entry(NamedTuple):
-    """One number of the tables: where it stands, what may stand there, and which cases of `llama.static` read it."""
+    """One entry of the tables: where it is, its candidates, and which cases of `llama.static` read it."""
 
     name: str
     holder: Any  # a dictionary, or the module itself
@@ -99,7 +99,7 @@ def _attention(name: str, table: dict, D: int, candidates: list, kernel: str, ch
 
 
 def compiled(entry: Entry, candidate: tuple[Any, ...], target: str) -> list[dict[str, Any]] | None:
-    """What the candidate compiles to in every case that reads it; None where one of them has a problem."""
+    """The records of the candidate in every case that reads it, or None if one of them has a problem."""
     records: list[dict[str, Any]] = []
     with entry.set_to(candidate):
         for case in (case for case in static.cases() if target in case.targets and entry.reads(case)):
@@ -120,12 +120,12 @@ def milliseconds(entry: Entry, candidate: tuple[Any, ...], target: str) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all")
-    parser.add_argument("--target", choices=tiles.FAMILIES, help="default: the GPU's own family, and then it is timed")
-    parser.add_argument("--entry", default="", help="only entries whose name contains this, as PREFILL_PLAIN")
+    parser.add_argument("--target", choices=tiles.FAMILIES, help="default: the GPU's own family, with timing")
+    parser.add_argument("--entry", default="", help="only entries whose name contains this, e.g. PREFILL_PLAIN")
     arguments = parser.parse_args()
     static.refuse_interpreter()
     if arguments.target is None and not torch.cuda.is_available():
-        parser.error("there is no GPU to time on; --target lists what compiles without spills for one")
+        parser.error("there is no GPU to time on; use --target to list what compiles without spills")
     timed = arguments.target is None
     target = arguments.target or launch.family(torch.device("cuda", torch.cuda.current_device()))
     print(f"# {torch.cuda.get_device_name() if timed else target}, triton {triton.__version__}")

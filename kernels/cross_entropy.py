@@ -2,8 +2,8 @@
 
     loss = ln Σ_v exp(x_v) - x_label                       (a running maximum keeps the sum finite)
 
-One program per token walks over the vocabulary. Bound by memory. `linear_cross_entropy` makes the logits from the
-hidden states in pieces, so that they never exist all at once. Truth: `llama.reference.cross_entropy`,
+One program per token loops over the vocabulary. Memory-bound. `linear_cross_entropy` computes the logits from the
+hidden states in chunks, so they never exist all at once. Reference: `llama.reference.cross_entropy`,
 `llama.reference.linear_cross_entropy`.
 """
 
@@ -18,7 +18,7 @@ from . import launch, tiles
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, inner, outer_stride, inner_stride, stride, V, ignore_index, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0)  # 32 bits divide in far fewer instructions than 64
+    row = tl.program_id(0)  # 32-bit: 64-bit division takes far more instructions
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
     outer, place = tl.cast(row // inner, tl.int64), tl.cast(row % inner, tl.int64)
@@ -33,7 +33,7 @@ def _cross_entropy_kernel(
         m = new_m
     known = counted & (label >= 0) & (label < V)
     picked = tl.load(start + label.to(tl.int64) * stride, mask=known, other=0.0).to(tl.float32)
-    loss = tl.where(known, tl.log(l) + m - picked, float("nan"))  # no label of this vocabulary: it shows
+    loss = tl.where(known, tl.log(l) + m - picked, float("nan"))  # a label outside the vocabulary gives NaN
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
 
 
@@ -81,17 +81,17 @@ def _linear_token_losses(
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
-    """The mean of -log p(label) over all labels but `ignore_index`, in float32; NaN when there is none.
+    """The mean of -log p(label) over all labels but `ignore_index`, in float32; NaN if there are none.
 
     Args:
         logits: (..., V), any strides. labels: (...) integers.
-        reduction: "mean", or "sum", which is 0 when there is none.
+        reduction: "mean", or "sum", which is 0 if there are none.
 
     Returns:
-        A scalar. NaN also where a label lies outside the vocabulary: to raise, the GPU would have to be waited for.
+        A scalar. It is also NaN if a label is outside the vocabulary: raising would need a device synchronisation.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a device that Triton does not reach.
+        ValueError: mismatched shapes or dtypes, or a device that Triton does not support.
     """
     launch.check("cross_entropy", logits, labels)
     _check("cross_entropy", "logits", logits, labels)
@@ -101,7 +101,7 @@ def cross_entropy(
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
-    """`cross_entropy` of the logits hidden · weightᵀ, of which only a piece exists at a time.
+    """`cross_entropy` of the logits hidden · weightᵀ, computed in chunks so that they are never all in memory.
 
     Args:
         hidden: (..., E). weight: (V, E), of hidden's dtype. labels: (...) integers.

@@ -1,11 +1,11 @@
-"""Attention of one new token per row against a long cache, split over the keys.
+"""Attention of one new token per row over a long cache, split over the keys.
 
     o = Σ_i w_i o_i / Σ_i w_i,   w_i = exp(lse_i)          (o_i, lse_i: softmax over the keys of piece i alone)
 
-A program reads one piece of the keys of one key/value head, with all the query heads of its group as the rows of one
-product, so that a key is read once. A second kernel joins the pieces. Bound by memory: the cache is read once. The
-pieces are as long as the cache's room says, whatever the batch: a row's bits do not depend on its neighbours.
-Truth: `llama.reference.decode_attention`.
+A program reads one piece of the keys of one key/value head, with all query heads of its group as the rows of one
+product, so every key is read once. A second kernel combines the pieces. Memory-bound: the cache is read once. The
+length of the pieces depends on the cache's capacity, not on the batch, so a row's bits do not depend on its neighbours.
+Reference: `llama.reference.decode_attention`.
 """
 
 import torch
@@ -16,7 +16,7 @@ from . import launch, tiles
 from .flash_attention import LOG2_E, check_heads
 
 
-# `do_not_specialize` and LOG2_E: flash_attention.py says why.
+# flash_attention.py explains `do_not_specialize` and LOG2_E.
 @triton.jit(do_not_specialize=["S", "piece", "pieces", "mb"])
 def _piece_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, table_ptr,
@@ -36,7 +36,7 @@ def _piece_kernel(
     first = index * piece
     last = tl.minimum(first + piece, length)
     row, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    dim = tl.cast(tl.arange(0, BLOCK_D), tl.int64)  # a place in a head times a stride can pass 2³¹
+    dim = tl.cast(tl.arange(0, BLOCK_D), tl.int64)  # index · stride can exceed 2³¹
     wide = (dim < D)[None, :]
     q_rows = q_ptr + b * qb + (head * GROUP + row)[:, None] * qh
     q = tl.load(q_rows + dim[None, :] * qd, mask=(row < GROUP)[:, None] & wide, other=0.0)
@@ -58,7 +58,7 @@ def _piece_kernel(
             k_row, v_row = page * kb + slot * ks, page * vb + slot * vs
         k = tl.load(k_head + k_row[None, :] + dim[:, None] * kd, mask=here[None, :] & (dim < D)[:, None], other=0.0)
         v = tl.load(v_head + v_row[:, None] + dim[None, :] * vd, mask=here[:, None] & wide, other=0.0)
-        if MASK:  # of the scores alone: loads that wait for another load cannot be issued ahead of time
+        if MASK:  # masks only the scores: loads that depend on another load cannot be issued early
             here = here & (tl.load(mask_ptr + b * mb + tl.cast(key, tl.int64) * ms, mask=here, other=0) != 0)
         scores = tl.where(here[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1) * scale)
@@ -94,7 +94,7 @@ def _join_kernel(
 
 def _fake(q, k_cache, v_cache, lengths, mask, block_table):
     B, H, _, D = q.shape
-    return torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)  # heads join without a copy
+    return torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)  # merging heads needs no copy
 
 
 @launch.operator(
@@ -148,28 +148,28 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One new token per row against a cache of which row b has filled the first `lengths[b]` places.
+    """Attention of one new token per row over a cache in which row b fills the first `lengths[b]` slots.
 
     Args:
-        q: (B, H, 1, D). k_cache, v_cache: (B, K, S, D), any strides; D up to 256; one dtype for all.
+        q: (B, H, 1, D). k_cache, v_cache: (B, K, S, D), any strides; D up to 256; the same dtype for all.
         lengths: (B,) integers; None: all S.
-        mask: (B, S) bool or integers; a place of 0 is padding and not seen. Without padding leave it out. What
-            `v_cache` holds in such a place, before the row's length, must be finite.
-        block_table: (B, n) integers. The caches are then pages (pages, K, page size, D), and row b's places are those
-            of the pages block_table[b, 0], block_table[b, 1] ..., S = n · page size. Entries beyond a row's length are
-            not read.
+        mask: (B, S) bool or integers; 0 marks a slot of padding, which is not seen. Omit it if there is no padding.
+            In padded slots before the row's length, `v_cache` must hold finite values.
+        block_table: (B, n) integers. The caches are then pages (pages, K, page size, D), row b's slots are those of
+            pages block_table[b, 0], block_table[b, 1] ... in turn, and S = n · page size. Entries beyond a row's length
+            are not read.
 
     Returns:
-        (B, H, 1, D) in q's dtype. A row without a place to see gives zeros.
+        (B, H, 1, D) in q's dtype; zeros for a row that sees nothing.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a device that Triton does not reach.
+        ValueError: mismatched shapes or dtypes, or a device that Triton does not support.
     """
     launch.check("decode_attention", q, k_cache, v_cache, lengths, mask, block_table)
     check_heads("decode_attention", q, k_cache, v_cache)
     B, S = len(q), k_cache.shape[2]
     if q.shape[2] != 1:
-        raise ValueError(f"decode_attention: one token per row, got {q.shape[2]}; flash_attention takes several")
+        raise ValueError(f"decode_attention: one token per row, got {q.shape[2]}; use flash_attention for more")
     if block_table is not None:
         if block_table.dim() != 2 or len(block_table) != B or block_table.is_floating_point():
             raise ValueError(
@@ -177,7 +177,7 @@ def decode_attention(
             )
         S *= block_table.shape[1]
     elif len(k_cache) != B:
-        raise ValueError(f"decode_attention: {B} queries and a cache of {len(k_cache)} rows")
+        raise ValueError(f"decode_attention: q has {B} rows, but the caches have {len(k_cache)}")
     for name, table, shape in (("lengths", lengths, (B,)), ("mask", mask, (B, S))):
         if table is not None and (table.shape != shape or table.is_floating_point()):
             raise ValueError(f"decode_attention: {name} must be {shape} integers, got {tuple(table.shape)}")

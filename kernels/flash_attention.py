@@ -1,16 +1,16 @@
-"""Attention over many queries, block of keys by block of keys, without a matrix of scores.
+"""Attention over many queries, one block of keys at a time, without materialising the scores.
 
     o_t = Σ_s softmax_s(q_t · k_s / √D) v_s               (Vaswani et al. 2017, eq. 1; Dao 2023, alg. 1)
 
-A program holds a block of queries of one head and walks over the keys that any of them sees, from the first one's
-first key to the last one's last. Only the blocks at either end need a mask: at the left where packed texts begin, at
-the right where the diagonal and the end of the row lie. So padding and packing make no mask in memory and cost nothing
-in between. Bound by arithmetic. Truth: `llama.reference.flash_attention`.
+A program holds a block of queries of one head and loops over the keys that any of them sees, from the first visible
+key to the last. Only the blocks at either end need masking: on the left where packed texts begin, on the right at the
+diagonal and the end of the row. So padding and packing need no mask in memory and cost nothing in between.
+Compute-bound. Reference: `llama.reference.flash_attention`.
 
-On Hopper and Blackwell keys and values come by TMA descriptors, made on the host: they save the registers that
-addresses would take. Rows that descriptors cannot address take the plain path.
+On Hopper and Blackwell, keys and values are loaded through TMA descriptors created on the host, which save the
+registers that addresses would take. Tensors that descriptors cannot address take the plain path.
 
-`_takes_hopper` is the one place that hands a call to another kernel, `flash_attention_hopper`.
+Only `_takes_hopper` decides whether a call goes to another kernel, `flash_attention_hopper`.
 """
 
 import os
@@ -22,8 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch, tiles
 
-# eˣ = 2^(x · log₂ e): GPUs compute powers of two, so scores are scaled by log₂ e together with 1 / √D, once, and `exp2`
-# takes the place of `exp`.
+# eˣ = 2^(x · log₂ e): GPUs compute powers of two, so scores are scaled once, by log₂ e / √D, and `exp2` replaces `exp`.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -33,12 +32,12 @@ def _scan(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys [first, last), a block at a time: m the largest score so far, l the sum of exponentials, acc of values."""
+    """Process keys [first, last) in blocks, updating m (maximum score), l (sum of exponentials), acc (weighted sum)."""
     col = tl.arange(0, BLOCK_K)
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         key = start + col
-        here = key < last  # what lies beyond counts for nothing and may be anything
+        here = key < last  # keys beyond do not count and may hold anything
         if TMA:
             k = tl.trans(k_ptr.load([b, head, start, 0]).reshape(BLOCK_K, BLOCK_D))
         else:
@@ -71,7 +70,7 @@ def _scan(
         if TMA:
             v = v_ptr.load([b, head, start, 0]).reshape(BLOCK_K, BLOCK_D)
             if MASKED:
-                v = tl.where(here[:, None], v, 0.0)  # beyond the row's end there may be anything, and 0 · NaN is NaN
+                v = tl.where(here[:, None], v, 0.0)  # memory beyond may hold anything, and 0 · NaN is NaN
         else:
             v_block = v_ptr + tl.cast(start, tl.int64) * vs + col[:, None] * vs + dim[None, :] * vd
             if MASKED:
@@ -85,9 +84,9 @@ def _scan(
     return acc, l, m
 
 
-# Triton compiles a variant of a kernel for each combination of whole numbers that are 1, divisible by 16, or neither.
-# For strides that makes wider loads possible. For numbers that follow the text's length it would only mean compiling
-# again at some turn of a chat.
+# Triton compiles a variant of a kernel for each combination of integers that are 1, divisible by 16, or neither. For
+# strides this enables wider loads. For numbers that follow the text's length it would only mean recompiling in the
+# middle of a chat.
 @triton.jit(do_not_specialize=["H", "T", "S", "offset", "fb", "mb"])
 def _flash_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, lengths_ptr, first_keys_ptr, mask_ptr,
@@ -98,11 +97,11 @@ def _flash_attention_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q  # the last queries see most: they go first
+    t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q  # the last queries see the most keys, so they go first
     t = t0 + tl.arange(0, BLOCK_Q)
     dim = tl.arange(0, BLOCK_D)
     inside = t < T
-    # Nothing changes but what the compiler knows: of strides it sees by itself whether 16 divides them, not 4 or 8.
+    # A no-op that informs the compiler: by itself it knows whether 16 divides a stride, but not whether 4 or 8 does.
     qb, qh, qt = qb // ALIGN * ALIGN, qh // ALIGN * ALIGN, qt // ALIGN * ALIGN
     kb, kh, ks = kb // ALIGN * ALIGN, kh // ALIGN * ALIGN, ks // ALIGN * ALIGN
     vb, vh, vs = vb // ALIGN * ALIGN, vh // ALIGN * ALIGN, vs // ALIGN * ALIGN
@@ -114,19 +113,19 @@ def _flash_attention_kernel(
     length = S
     if LENGTHS:
         length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)
-    place = t + offset  # where a query stands among the keys
+    place = t + offset  # a query's position among the keys
     low = place
     plain_from = begin
     if PACKED:
         low = tl.load(first_keys_ptr + b64 * fb + tl.cast(t, tl.int64) * ft, mask=inside, other=2147483647)
         low = low.to(tl.int32)
         begin = tl.maximum(begin, tl.min(low, 0))
-        latest = tl.max(tl.where(inside, low, 0), 0)  # from here on all of the block's queries may look
+        latest = tl.max(tl.where(inside, low, 0), 0)  # from here on, keys are visible to the whole block
         plain_from = begin + tl.cdiv(tl.maximum(latest - begin, 0), BLOCK_K) * BLOCK_K
     end, plain_to = length, length
     if CAUSAL:
         end = tl.minimum(length, tl.minimum(t0 + BLOCK_Q, T) + offset)
-        plain_to = tl.minimum(length, t0 + offset + 1)  # up to here all of the block's queries look
+        plain_to = tl.minimum(length, t0 + offset + 1)  # up to here, keys are visible to the whole block
     plain_from = tl.minimum(plain_from, tl.maximum(end, begin))
     if HOLES:
         mask_ptr += b64 * mb
@@ -135,7 +134,7 @@ def _flash_attention_kernel(
             key = start + tl.arange(0, 1024)
             one = tl.load(mask_ptr + tl.cast(key, tl.int64) * ms, mask=key < end, other=0) != 0
             seen += one.to(tl.int32)
-        if tl.sum(seen, 0) < end - begin:  # padding in between, which is rare: no block goes without a mask
+        if tl.sum(seen, 0) < end - begin:  # padding in between, which is rare: every block is masked
             plain_to = plain_from
     plain_to = plain_from + tl.maximum(plain_to - plain_from, 0) // BLOCK_K * BLOCK_K
 
@@ -159,7 +158,7 @@ def _flash_attention_kernel(
                       b, h // GROUP, place, low, scale, True, CAUSAL, PACKED, HOLES, TMA,
                       PRECISION, D, BLOCK_D, BLOCK_K, STAGES)  # fmt: skip
 
-    acc = acc * tl.where(l > 0, 1.0 / l, 0.0)[:, None]  # a query that sees nothing gives zeros
+    acc = acc * tl.where(l > 0, 1.0 / l, 0.0)[:, None]  # zeros for a query that sees nothing
     out_row = out_ptr + b64 * ob + h64 * oh + tl.cast(t, tl.int64)[:, None] * ot
     tl.store(out_row + dim[None, :] * od, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (dim < D)[None, :])
     if LSE:
@@ -168,7 +167,7 @@ def _flash_attention_kernel(
 
 def _outputs(q: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     B, H, T, D = q.shape
-    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)  # heads join without a copy
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)  # merging heads needs no copy
     return out, torch.empty((B, H, T) if return_lse else (0,), dtype=torch.float32, device=q.device)
 
 
@@ -202,7 +201,7 @@ def _flash_attention(
 
         flash_attention_hopper(q, k, v, starts, lengths, first_keys, mask, offset, out, lse if return_lse else None)
         return out, lse
-    # Offsets within a tile have 32 bits.
+    # Offsets within a tile are 32-bit.
     q, k, v = (x if max(x.stride()[2:]) <= 2**23 else x.contiguous() for x in (q, k, v))
     block_d = max(16, launch.power_of_2(D))
     tma = _has_descriptors(k) and _has_descriptors(v)
@@ -226,9 +225,9 @@ def _flash_attention(
 
 
 def _takes_hopper(family: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `flash_attention_hopper` computes this: somebody asks for it, and it was made for it.
+    """Whether `flash_attention_hopper` handles this call: it is enabled and supports these tensors.
 
-    LLAMA_TRITON_HOPPER=1 asks. It is an experiment, off by default: the kernel has never run on a GPU.
+    LLAMA_TRITON_HOPPER=1 enables it. It is experimental and off by default: the kernel has never run on a GPU.
     """
     return (
         os.environ.get("LLAMA_TRITON_HOPPER") == "1"
@@ -241,13 +240,13 @@ def _takes_hopper(family: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 
 
 def _has_descriptors(x: torch.Tensor) -> bool:
-    """Whether TMA can address x: numbers side by side, everything else on borders of 16 bytes."""
+    """Whether TMA can address x: a contiguous last axis, everything else aligned to 16 bytes."""
     borders = [x.data_ptr(), *(stride * x.element_size() for stride in _strides(x)[:-1])]
     return x.numel() > 0 and x.stride(-1) == 1 and all(at % 16 == 0 for at in borders) and 0 not in borders[1:]
 
 
 def _strides(x: torch.Tensor) -> list[int]:
-    """x's strides, where an axis of one place has no say."""
+    """Return x's strides, replacing the arbitrary ones of axes of size 1."""
     return [max(x.stride()) if size == 1 and axis < x.dim() - 1 else stride
             for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))]  # fmt: skip
 
@@ -268,32 +267,32 @@ def flash_attention(
     """Grouped-query attention: each key/value head serves H / K query heads.
 
     Args:
-        q: (B, H, T, D). k, v: (B, K, S, D). Any strides; D up to 256; float32, float16 or bfloat16, one for all.
-        causal: query t, standing at place `offset` + t, sees the keys up to its own place; else it sees all.
+        q: (B, H, T, D). k, v: (B, K, S, D). Any strides; D up to 256; float32, float16 or bfloat16, the same for all.
+        causal: query t, at position `offset` + t, sees the keys up to and including its own position; else all keys.
         starts, lengths: (B,) integers; row b's keys are those at starts[b] <= s < lengths[b] (default: all S). Left
             padding is a start above 0, right padding a length below S.
-        offset: the place of query 0 among the keys (default S - T: the queries are the last T tokens).
-        return_lse: also return the log of each query's sum of exponentials, (B, H, T) float32, -∞ where it sees none.
-        first_keys: (B, T) integers; query t sees no key before first_keys[b, t]. So packed texts stay apart.
-        cu_seqlens: (n + 1,) integers from 0 to T, the borders of n texts packed into every row; another way to say
+        offset: the position of query 0 among the keys (default S - T: the queries are the last T tokens).
+        return_lse: also return the log-sum-exp of each query's scores, (B, H, T) float32, -∞ if it sees nothing.
+        first_keys: (B, T) integers; query t sees no key before first_keys[b, t], which separates packed texts.
+        cu_seqlens: (n + 1,) integers from 0 to T, the boundaries of n texts packed into every row; an alternative to
             first_keys.
-        mask: (B, S) bool or integers; a key of 0 is padding and not seen. With holes in between it costs a little;
-            where `starts` and `lengths` say the same, next to nothing. Values in a hole must be finite.
+        mask: (B, S) bool or integers; 0 marks a padded key, which is not seen. Holes in between cost a little; a mask
+            that only repeats `starts` and `lengths` costs next to nothing. Values in a hole must be finite.
 
     Returns:
-        (B, H, T, D) in q's dtype, as (B, T, H, D) in memory. A query that sees nothing gives zeros.
+        (B, H, T, D) in q's dtype, stored as (B, T, H, D). Zeros for a query that sees nothing.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a device that Triton does not reach.
+        ValueError: mismatched shapes or dtypes, or a device that Triton does not support.
     """
     launch.check("flash_attention", q, k, v, starts, lengths, first_keys, cu_seqlens, mask)
     check_heads("flash_attention", q, k, v)
     B, _, T, _ = q.shape
     if len(k) != B:
-        raise ValueError(f"flash_attention: {B} rows of queries and {len(k)} of keys")
+        raise ValueError(f"flash_attention: q has {B} rows, but k and v have {len(k)}")
     if cu_seqlens is not None:
         if first_keys is not None:
-            raise ValueError("flash_attention: cu_seqlens and first_keys say the same thing; give one of them")
+            raise ValueError("flash_attention: pass either cu_seqlens or first_keys, not both")
         cu_seqlens, token = cu_seqlens.contiguous(), torch.arange(T, dtype=cu_seqlens.dtype, device=q.device)
         first_keys = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1].expand(B, T)
     for name, table, shape in (
@@ -311,17 +310,18 @@ def flash_attention(
 
 
 def check_heads(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """(B, H, T, D) queries against (B or pages, K, S, D) keys and values."""
+    """Check (B, H, T, D) queries against (B or pages, K, S, D) keys and values."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
             f"{name}: q must be (batch, heads, T, D), k and v (batch, kv heads, S, D); "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if q.dtype != k.dtype or q.dtype != v.dtype:
-        raise ValueError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(f"{name}: q, k and v must have the same dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[-1] != k.shape[-1] or not 1 <= q.shape[-1] <= tiles.HEAD_DIMS[-1]:
         raise ValueError(
-            f"{name}: heads of one length up to {tiles.HEAD_DIMS[-1]}, got {q.shape[-1]} and {k.shape[-1]}"
+            f"{name}: q and k must have one head_dim of at most {tiles.HEAD_DIMS[-1]}, "
+            f"got {q.shape[-1]} and {k.shape[-1]}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{name}: {q.shape[1]} query heads do not divide among {k.shape[1]} key/value heads")
+        raise ValueError(f"{name}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")

@@ -1,20 +1,20 @@
-"""flash_attention on Hopper, with the softmax of one block of keys behind the products of another.
+"""flash_attention for Hopper, overlapping the softmax of one block of keys with the products of another.
 
 EXPERIMENTAL: it compiles, and its source runs step by step in NumPy (`tests/gluon_emulator.py`); it has never run on a
-GPU. `LLAMA_TRITON_HOPPER=1` asks for it; what it does not take goes to `flash_attention`.
+GPU. `LLAMA_TRITON_HOPPER=1` enables it; calls it does not support go to `flash_attention`.
 
-    producer, one warp:            Q, and K and V block by block, by TMA into a ring of STAGES places
-    consumers, two warpgroups:     QKᵀ of block i and PV of block i - 1 are issued together; while PV runs, the softmax
-                                   of block i                                          (Shah et al. 2024, alg. 2)
+    producer, one warp:            loads Q, then K and V block by block, by TMA into a ring buffer of STAGES slots
+    consumers, two warpgroups:     issue QKᵀ of block i and PV of block i - 1 together; while PV runs, compute the
+                                   softmax of block i                                  (Shah et al. 2024, alg. 2)
 
-Triton's own language waits for every product before it goes on; Gluon, its lower level, leaves that to us. What the
-parts tell each other goes through barriers in shared memory: a place is full, a place is empty. The parts wait for the
-n-th filling of a barrier by its parity, and count alone: every part works out the same tiles and blocks
-(`tile_at`, `block_range`), and the count of blocks goes on from tile to tile.
+Triton waits for every product before it continues; Gluon, its lower-level language, leaves that to us. Producer and
+consumers synchronise through barriers in shared memory: a slot is full, or a slot is empty. They wait for the n-th
+phase of a barrier by its parity, and each keeps its own count: all of them derive the same tiles and blocks
+(`tile_at`, `block_range`), and the count of blocks continues from tile to tile.
 
-A program takes tiles of queries as long as there are any, the longest first. It starts a tile at the first key that any
-of its queries sees, so that only its last block can hold keys from beyond; of their values, which may be anything, the
-consumers make zeros. A tile whose queries see nothing has one block, all of it masked.
+A program processes tiles of queries while there are any, the longest first. It starts a tile at the first key that any
+of its queries sees, so only its last block can contain keys beyond its end; the consumers zero their values, which may
+be anything. A tile whose queries see nothing has one block, fully masked.
 """
 
 from functools import cache
@@ -30,13 +30,13 @@ from . import tiles
 from .flash_attention import LOG2_E, _strides
 from .launch import cdiv
 
-# All that Gluon calls differently from version to version, and all that the kernel takes from it for Hopper alone.
+# Everything that the kernel uses from Gluon for Hopper, including what is named differently between versions.
 mbarrier = hopper.mbarrier
 load_by_tma = hopper.tma.async_load if hasattr(hopper.tma, "async_load") else hopper.tma.async_copy_global_to_shared
 multiply, wait_for_products = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 fence_async_shared = hopper.fence_async_shared
 
-# A thread's, of the 65536 that a processor has: three warpgroups start alike, then the producer's hands over its own.
+# Per thread, of an SM's 65536: three warpgroups start with equal shares, then the producer gives up most of its own.
 REGISTERS = 168
 CONSUMERS_REGISTERS = gl.constexpr(240)
 PRODUCERS_REGISTERS = gl.constexpr(24)
@@ -44,9 +44,9 @@ PRODUCERS_REGISTERS = gl.constexpr(24)
 
 @gluon.jit
 def tile_at(step, program, programs):
-    """The tile that a program takes as its step-th; tiles are sorted, the longest first.
+    """Return the tile that a program processes in a given step; tiles are sorted, the longest first.
 
-    Every other step goes the other way, so that who had the longest of one step has the shortest of the next.
+    Every other step runs in reverse, so the program with the longest tile of one step gets the shortest of the next.
     """
     place = program
     if step % 2 == 1:
@@ -56,7 +56,7 @@ def tile_at(step, program, programs):
 
 @gluon.jit
 def steps_of(tiles, program, programs):
-    """How many tiles a program takes."""
+    """Return how many tiles a program processes."""
     steps = tiles // programs
     if tile_at(steps, program, programs) < tiles:
         steps += 1
@@ -65,7 +65,7 @@ def steps_of(tiles, program, programs):
 
 @gluon.jit
 def block_range(first, last, S, BLOCK_K: gl.constexpr):
-    """The keys [begin, end) of a tile, and in how many blocks from begin on: one at least, though it be masked."""
+    """Return the keys [begin, end) of a tile and their number of blocks, at least one (fully masked if need be)."""
     end = max(min(last, S), 0)
     begin = min(max(first, 0), end)
     return begin, end, max((end - begin + BLOCK_K - 1) // BLOCK_K, 1)
@@ -73,7 +73,7 @@ def block_range(first, last, S, BLOCK_K: gl.constexpr):
 
 @gluon.jit
 def plain_blocks(begin, end, latest, until, BLOCK_K: gl.constexpr):
-    """The blocks [low, high) that need no mask: all the queries may look from key `latest` on, and up to `until`."""
+    """Return the blocks [low, high) that need no mask: all queries see the keys [latest, until)."""
     low = (max(min(latest, end) - begin, 0) + BLOCK_K - 1) // BLOCK_K
     high = max(min(until, end) - begin, 0) // BLOCK_K
     return low, high
@@ -81,12 +81,12 @@ def plain_blocks(begin, end, latest, until, BLOCK_K: gl.constexpr):
 
 @gluon.jit
 def _tile(tile, tables, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Row, head and first query of a tile, its keys and how many blocks they make."""
+    """Return a tile's row, head and first query, its keys [begin, end) and their number of blocks."""
     starts_ptr, lengths_ptr, first_keys_ptr, _ = tables
     tiles, heads, H, T, S, offset, fb, ft, _, _ = sizes
     b, h = tile % heads // H, tile % heads % H
-    t0 = (tiles // heads - 1 - tile // heads) * BLOCK_Q  # the last queries see most: they go first
-    first, last = 0, min(t0 + BLOCK_Q, T) + offset  # later keys: seen by none
+    t0 = (tiles // heads - 1 - tile // heads) * BLOCK_Q  # the last queries see the most keys, so they go first
+    first, last = 0, min(t0 + BLOCK_Q, T) + offset  # no query sees later keys
     if starts_ptr is not None:
         first = max(gl.load(starts_ptr + b).to(gl.int32), 0)
     if lengths_ptr is not None:
@@ -107,7 +107,7 @@ def _first_keys(first_keys_ptr, b, t, T, fb, ft):
 
 @gluon.jit
 def _load(desc, b, head, key, buffer, full, empty, block, STAGES: gl.constexpr):
-    """A block of keys or of values into its place, as soon as that is empty."""
+    """Load a block of keys or values into its slot as soon as that is empty."""
     place = block % STAGES
     mbarrier.wait(empty.index(place), (block // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(place), desc.block_type.nbytes)
@@ -129,7 +129,7 @@ def _producer(
         mbarrier.expect(q_full.index(0), 2 * q_desc.block_type.nbytes)
         load_by_tma(q_desc, [b, h, t0, 0], q_full.index(0), q_buffer.index(0))
         load_by_tma(q_desc, [b, h, t0 + BLOCK_Q // 2, 0], q_full.index(0), q_buffer.index(1))
-        for i in range(blocks):  # keys go ahead of the values of the block before, whose place is free later
+        for i in range(blocks):  # keys go before the previous block's values, whose slot is freed later
             _load(k_desc, b, h // GROUP, begin + i * BLOCK_K, k_buffer, k_full, k_empty, done + i, STAGES)
             if i > 0:
                 _load(v_desc, b, h // GROUP, begin + (i - 1) * BLOCK_K, v_buffer, v_full, v_empty, done + i - 1, STAGES)
@@ -143,7 +143,7 @@ def _softmax(
     scores, m, l, start, end, place, low, mask_ptr, ms, scale,
     MASKED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """One block's: p, the largest score and the sum of exponentials so far, and what was summed before is worth."""
+    """Return one block's p, the updated maximum score and sum of exponentials, and the factor for earlier sums."""
     if MASKED:
         key = start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
         seen = (key < end)[None, :] & (key[None, :] <= place[:, None])
@@ -167,7 +167,7 @@ def _consumer(
     HALF: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup, and one half of a tile's queries."""
+    """Run one warpgroup, which handles one half of a tile's queries."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     q_buffer, k_buffer, v_buffer = buffers
     _, _, first_keys_ptr, mask_ptr = tables
@@ -181,12 +181,12 @@ def _consumer(
     q = q_buffer.index(HALF).reshape([ROWS, D])
     nothing = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES)
     program, programs = gl.program_id(0), gl.num_programs(0)
-    done, cleaned = 0, 0  # blocks of earlier tiles, and how many of them had to be cleaned
+    done, cleaned = 0, 0  # blocks of earlier tiles, and how many of them had to be zeroed
     for step in range(steps_of(sizes[0], program, programs)):
         b, h, t0, begin, end, blocks = _tile(tile_at(step, program, programs), tables, sizes, BLOCK_Q, BLOCK_K)
         first_t = t0 + HALF * ROWS
         t = first_t + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        place = t + offset  # where a query stands among the keys
+        place = t + offset  # a query's position among the keys
         low, latest = place, begin
         if PACKED:
             low = _first_keys(first_keys_ptr, b, t, T, fb, ft)
@@ -195,7 +195,7 @@ def _consumer(
         mask_row = mask_ptr
         if mask_ptr is not None:
             mask_row = mask_ptr + b.to(gl.int64) * mb
-            if _count(mask_row, begin, end, ms) < end - begin:  # padding in between: no block goes without a mask
+            if _count(mask_row, begin, end, ms) < end - begin:  # padding in between: every block is masked
                 plain_to = 0
 
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
@@ -235,21 +235,21 @@ def _consumer(
         at, start = last % STAGES, begin + (blocks - 1) * BLOCK_K
         mbarrier.wait(v_full.index(at), last // STAGES & 1)
         v = v_buffer.index(at).reshape([BLOCK_K, D])
-        if (start + BLOCK_K > end) & (end < S):  # beyond the tile's keys there may be anything, and 0 · NaN is NaN
+        if (start + BLOCK_K > end) & (end < S):  # keys beyond may hold anything, and 0 · NaN is NaN
             mine = v.slice(HALF * (BLOCK_K // 2), BLOCK_K // 2)
             key = start + HALF * (BLOCK_K // 2) + gl.arange(0, BLOCK_K // 2, gl.SliceLayout(1, VALUES))
             values = mine.load(VALUES)
             mine.store(gl.where((key < end)[:, None], values, gl.zeros_like(values)))
             fence_async_shared()
             mbarrier.arrive(v_clean.index(0), count=1)
-            mbarrier.wait(v_clean.index(0), cleaned & 1)  # the other half is the other warpgroup's
+            mbarrier.wait(v_clean.index(0), cleaned & 1)  # the other warpgroup zeroes the other half
             cleaned += 1
         acc = multiply(weights, v, acc)
         mbarrier.arrive(v_empty.index(at), count=1)
         done += blocks
 
         worth = gl.convert_layout(gl.where(l > 0, 1.0 / l, 0.0), gl.SliceLayout(1, ACC))
-        acc = acc * worth[:, None]  # a query that sees nothing gives zeros
+        acc = acc * worth[:, None]  # zeros for a query that sees nothing
         row, dim = gl.arange(0, ROWS, gl.SliceLayout(1, ACC)), gl.arange(0, D, gl.SliceLayout(0, ACC))
         out_tile = out_ptr + ((b.to(gl.int64) * T + first_t) * H + h) * D
         gl.store(out_tile + row[:, None] * (H * D) + dim[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -262,7 +262,7 @@ def _consumer(
 
 @gluon.jit
 def _count(mask_ptr, begin, end, ms):
-    """How many of the keys [begin, end) the mask lets be seen."""
+    """Count the keys in [begin, end) that the mask leaves visible."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     seen = gl.zeros([1024], gl.int32, layout)
     for start in range(begin, end, 1024):
@@ -328,7 +328,7 @@ def flash_attention_hopper(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    """Causal attention into `out` and, unless it is None, `lse`, both as `flash_attention._outputs` makes them."""
+    """Write causal attention to `out` and, unless None, `lse`, both as allocated by `flash_attention._outputs`."""
     B, H, T, D = q.shape
     tile = tiles.hopper(D, starts is lengths is first_keys is mask is None)
     in_all = B * H * cdiv(T, tile.block_q)
@@ -343,7 +343,7 @@ def flash_attention_hopper(
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> Any:
-    """For boxes of `rows` tokens of one head."""
+    """Return a TMA descriptor for boxes of `rows` tokens of one head."""
     box = [1, 1, rows, x.shape[-1]]
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor(x, [*x.shape], _strides(x), box, gl.NVMMASharedLayout.get_default_for(box, dtype))
@@ -351,5 +351,5 @@ def _descriptor(x: torch.Tensor, rows: int) -> Any:
 
 @cache
 def _processors(device: torch.device) -> int:
-    """How many programs run at a time, one on each processor; where nothing runs, as on an H100."""
+    """Return how many programs run at a time, one per SM; without a GPU, as on an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,11 +1,11 @@
-"""One to four rows times the weights of up to three linear layers, y = x Wᵀ: what a token of decoding waits for.
+"""One to four rows times the weights of up to three linear layers, y = x Wᵀ: where decoding spends its time.
 
-Bound by memory: every weight is read once, and meets all rows. A program takes a few rows of one weight; the weights
-stay the parameters that they are, and the program's number says whose turn it is. Gated, it takes the same rows of two
-weights and writes silu(gate) · up, both rounded before, as between two kernels. Sums run in float32 and are rounded
-once. Truth: `llama.reference.gemv`, `llama.reference.gemv_swiglu`.
+Memory-bound: every weight is read once, for all rows. A program takes a few rows of one weight, chosen by its program
+id; the weights remain separate parameters. When gated, it takes the same rows of two weights and writes
+silu(gate) · up, rounding both first, as separate kernels would. Sums are accumulated in float32 and rounded once.
+Reference: `llama.reference.gemv`, `llama.reference.gemv_swiglu`.
 
-`_takes_pdl` is the one place that decides on programmatic dependent launch, an experiment.
+Only `_takes_pdl` decides on programmatic dependent launch, an experiment.
 """
 
 import os
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import launch, tiles
 
-MOST_ROWS = 4  # of x; beyond them matrix units are quicker
+MOST_ROWS = 4  # of x; with more, matrix units are faster
 MOST_WEIGHTS = 3
 
 
@@ -42,7 +42,7 @@ def _sums(
     sums = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
     up_sums = sums
     first = 0
-    if PDL:  # a first tile of weights, which no kernel before this one writes, is on its way before x is waited for
+    if PDL:  # before waiting for x, load the first tile of weights, which no preceding kernel writes
         w = _tile(w_rows, k, wk, width, ours, EVEN)
         if GATED:
             u = _tile(u_rows, k, uk, width, ours, EVEN)
@@ -78,7 +78,7 @@ def _gemv_kernel(
     block, y_width = tl.program_id(0), a_width + b_width + c_width
     a_blocks, b_blocks = tl.cdiv(a_width, BLOCK_N), tl.cdiv(b_width, BLOCK_N)
     w_ptr, first, offset, w_width, wn, wk = a_ptr, 0, 0, a_width, tl.cast(an, tl.int64), tl.cast(ak, tl.int64)
-    if WEIGHTS > 1:  # noqa: SIM102 - known to the compiler; not nested, which Triton 3.6 cannot compile for AMD
+    if WEIGHTS > 1:  # noqa: SIM102 - constexpr; not nested in each other, which Triton 3.6 cannot compile for AMD
         if block >= a_blocks:
             w_ptr, first, offset, w_width = b_ptr, a_blocks, a_width, b_width
             wn, wk = tl.cast(bn, tl.int64), tl.cast(bk, tl.int64)
@@ -108,10 +108,10 @@ def _run(x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, gated: b
 
 
 def _takes_pdl(device: torch.device) -> bool:
-    """Whether to launch while the kernel before still runs: somebody asks for it, and the GPU can do it.
+    """Whether to launch while the preceding kernel is still running: it is enabled and the GPU supports it.
 
-    LLAMA_TRITON_PDL=1 asks. The first weights are then loaded while that kernel ends, so no kernel still under way may
-    write weights. It is an experiment, off by default: it has never run on a GPU.
+    LLAMA_TRITON_PDL=1 enables it. The first weights are then loaded before that kernel ends, so no kernel still running
+    may write weights. It is experimental and off by default: it has never run on a GPU.
     """
     return os.environ.get("LLAMA_TRITON_PDL") == "1" and launch.family(device) in ("sm_90", "sm_100")
 
@@ -136,36 +136,36 @@ def _gemv_swiglu(x, gate, up) -> torch.Tensor:
 
 
 def gemv(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-    """The products of a few rows with up to three weights, side by side.
+    """Multiply a few rows by up to three weights and concatenate the results.
 
     Args:
-        x: (R, I), R from 1 to 4. weights: one to three of (O, I). Any strides; rows of a weight in one piece are read
-            fastest. float32, float16 or bfloat16, one dtype for all.
+        x: (R, I), R up to 4. weights: one to three of (O, I). Any strides; contiguous rows of a weight are read
+            fastest. float32, float16 or bfloat16, the same for all.
 
     Returns:
         (R, the sum of all O), a new tensor.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a device that Triton does not reach.
+        ValueError: mismatched shapes or dtypes, or a device that Triton does not support.
     """
     if not 1 <= len(weights) <= MOST_WEIGHTS:
-        raise ValueError(f"gemv: one to {MOST_WEIGHTS} weights, got {len(weights)}")
+        raise ValueError(f"gemv: expected 1 to {MOST_WEIGHTS} weights, got {len(weights)}")
     _check("gemv", x, *weights)
     return _gemv(x, *weights)
 
 
 def gemv_swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(x gateᵀ) · (x upᵀ), (R, F). x: (R, I), gate, up: (F, I). Otherwise as `gemv`."""
+    """silu(x gateᵀ) · (x upᵀ), (R, F), for x (R, I) and gate, up (F, I). Otherwise as `gemv`."""
     _check("gemv_swiglu", x, gate, up)
     if gate.shape != up.shape:
-        raise ValueError(f"gemv_swiglu: gate and up must have one shape, got {gate.shape} and {up.shape}")
+        raise ValueError(f"gemv_swiglu: gate and up must have the same shape, got {gate.shape} and {up.shape}")
     return _gemv_swiglu(x, gate, up)
 
 
 def _check(name: str, x: torch.Tensor, *weights: torch.Tensor) -> None:
     launch.check(name, x, *weights)
     if x.dim() != 2 or len(x) > MOST_ROWS:
-        raise ValueError(f"{name}: x must be (rows, width) of up to {MOST_ROWS} rows, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: x must be (rows, width) with up to {MOST_ROWS} rows, got {tuple(x.shape)}")
     for weight in weights:
         if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""Triton's interpreter, made right: what TRITON_INTERPRET=1 gets wrong or does slowly, mended in place.
+"""Fixes for Triton's interpreter: patches for what TRITON_INTERPRET=1 gets wrong or does slowly.
 
-The interpreter runs a kernel's programs one after another in NumPy. It keeps bfloat16 as 16-bit integers, and three
-things go wrong with them, without a word (triton 3.6 to 3.9): `tl.dot` multiplies the integers, rounding to bfloat16
-truncates, and so half of all stores are off by one place. And on every call of one jit function from another it
-patches `triton.language` anew, which takes half of its time.
+The interpreter runs a kernel's programs one after another in NumPy. It stores bfloat16 as 16-bit integers, and in
+Triton 3.6 to 3.9 two operations on them are silently wrong: `tl.dot` multiplies the integers, and rounding to bfloat16
+truncates, so half of all stores are off by one unit in the last place. It also patches `triton.language` again
+whenever one jit function calls another, which takes half of its time.
 """
 
 import types
@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 def make_right() -> bool:
-    """Mend the interpreter, once, where it runs; say whether it does."""
+    """Patch the interpreter, once, if it is enabled; return whether it is."""
     if not triton.knobs.runtime.interpret:
         return False
     from triton.runtime import interpreter as it
@@ -32,7 +32,7 @@ def make_right() -> bool:
 
 
 def _round_to_bfloat16(it: Any) -> None:
-    """float32 to bfloat16: to the nearest, ties to even, NaN stays NaN."""
+    """Convert float32 to bfloat16 by rounding to nearest, ties to even; NaN stays NaN."""
     convert = it._convert_float
 
     def mended(x: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
@@ -49,7 +49,7 @@ def _round_to_bfloat16(it: Any) -> None:
 
 
 def _multiply_bfloat16(it: Any) -> None:
-    """tl.dot of bfloat16: float32 products and sums, as the hardware does."""
+    """Compute tl.dot of bfloat16 with float32 products and sums, as the hardware does."""
     multiply = it.InterpreterBuilder.create_dot
 
     def as_float32(x: Any) -> Any:
@@ -67,7 +67,7 @@ def _widened(bits: np.ndarray) -> np.ndarray:
 
 
 def _count_with_tensors(it: Any) -> None:
-    """`range(n)` of a loaded n: NumPy from 2.4 on takes only arrays without axes for numbers, triton 3.6 has one."""
+    """Allow `range(n)` of a loaded n: NumPy 2.4 and later convert only 0-d arrays to int; Triton 3.6's is 1-d."""
     patch = it._patch_lang_tensor
 
     def mended(tensor: Any, *scope: Any) -> Any:
@@ -79,7 +79,7 @@ def _count_with_tensors(it: Any) -> None:
 
 
 def _divide_in_silence(it: Any) -> None:
-    """1 / 0, log 0, overflows and rows of NaN are as silent as on a GPU; masked lanes are full of them."""
+    """Silence 1 / 0, log 0, overflows and all-NaN rows, as on a GPU; masked lanes are full of them."""
     run = it.GridExecutor.__call__
 
     def mended(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def _patch_the_language_once(it: Any) -> None:
 
     class Kept:
         def restore(self) -> None:
-            """Nothing: the next call wants it patched again."""
+            """Do nothing: the next call needs the patches again."""
 
     def mended(fn: Any) -> Any:
         if not done:

@@ -1,8 +1,8 @@
-"""What stands between PyTorch and a kernel: which device, which operator, which rows.
+"""The layer between PyTorch and the kernels: operator registration, argument checks and row layouts.
 
-A kernel file registers its launch function as an operator of `torch.ops.llama_triton`, so that torch.compile sees
-through it, and exposes one public function that checks arguments and speaks to people. There are no backward kernels
-yet: whoever asks for gradients gets an error here, and the plain PyTorch path from `llama.ops`.
+A kernel file registers its launch functions as operators in `torch.ops.llama_triton`, so that torch.compile can trace
+them, and exposes public functions that validate their arguments. There are no backward kernels yet: asking for
+gradients raises an error here, while `llama.ops` falls back to plain PyTorch.
 """
 
 import math
@@ -24,9 +24,9 @@ _library = library.Library("llama_triton", "FRAGMENT")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Make the function below it the operator `schema`, on CPU (interpreted) and GPU; `fake` gives shapes alone.
+    """Register the decorated function as the operator `schema`, on CPU (interpreted) and GPU; `fake` infers shapes.
 
-    Calling what comes back goes through PyTorch's dispatcher; its `.launch` is the function itself.
+    Calling the result goes through PyTorch's dispatcher; its `.launch` is the function itself.
     """
     name = schema.partition("(")[0]
 
@@ -34,16 +34,16 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         _library.define(schema)
 
         def on_its_device(x: torch.Tensor, *rest: Any) -> Any:
-            with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors lie on
+            with torch.cuda.device_of(x):  # Triton launches on the current device, not the tensors'
                 return launch(x, *rest)
 
-        for key in ("CPU", "CUDA"):  # ROCm answers to CUDA
+        for key in ("CPU", "CUDA"):  # ROCm uses the CUDA key
             _library.impl(name, on_its_device, key)
         library.register_fake(f"llama_triton::{name}", fake, lib=_library)
         packet = getattr(torch.ops.llama_triton, name)
         written = [i for i, arg in enumerate(packet.default._schema.arguments) if arg.is_write]
 
-        def count(keys: Any, *args: Any) -> Any:  # as PyTorch's own operations do: autograd sees what was written over
+        def count(keys: Any, *args: Any) -> Any:  # as PyTorch's own operators: autograd detects in-place writes
             torch.autograd.graph.increment_version([args[i] for i in written])
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return packet.default.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
@@ -57,33 +57,33 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 def check(name: str, *tensors: torch.Tensor | None) -> None:
-    """Whether a kernel can take these tensors: one device that Triton reaches, a dtype it knows, and no gradients.
+    """Check that a kernel can take these tensors: one device that Triton supports, a known dtype, and no gradients.
 
     Raises:
-        ValueError: and says which of these it is.
+        ValueError: one of these does not hold; the message says which.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device
     for tensor in given:
         if tensor.device != device:
-            raise ValueError(f"{name}: all tensors must be on one device, got {device} and {tensor.device}")
+            raise ValueError(f"{name}: all tensors must be on the same device, got {device} and {tensor.device}")
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            raise ValueError(f"{name}: dtypes are float32, float16 and bfloat16, got {tensor.dtype}")
+            raise ValueError(f"{name}: dtypes must be float32, float16 or bfloat16, got {tensor.dtype}")
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            f"{name}: Triton's kernels run on a GPU, the tensors are on {device}. On a CPU only Triton's interpreter "
-            "runs them, for tests: set TRITON_INTERPRET=1 before Python starts"
+            f"{name}: Triton kernels need a GPU, but the tensors are on {device}. To test them on a CPU, in Triton's "
+            "interpreter, set TRITON_INTERPRET=1 before starting Python"
         )
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if differentiated or getattr(forward_ad, "_current_level", -1) >= 0:
-        raise ValueError(f"{name} has no backward kernel yet: call it under torch.no_grad(), or llama.ops in its place")
+        raise ValueError(f"{name} has no backward kernel yet: call it under torch.no_grad(), or use llama.ops instead")
 
 
 def family(device: torch.device) -> str:
-    """The name under which `tiles` keeps this device's configurations."""
+    """Return the key of this device's configurations in `tiles`."""
     if INTERPRETED:
         return "interpreter"
-    if device.type == "meta":  # compiled ahead of time, for the target of the day
+    if device.type == "meta":  # compiled ahead of time, for the active target
         return family_of(triton.runtime.driver.active.get_current_target())
     return _family_of_device(device.index)
 
@@ -95,7 +95,7 @@ def _family_of_device(index: int | None) -> str:
 
 
 def family_of(target: GPUTarget) -> str:
-    """sm_80, sm_90 and sm_100 with the chips that share their shared memory and matrix units; gfx942 for AMD."""
+    """Return the family of chips with the same shared memory and matrix units; gfx942 for all of AMD's."""
     if target.backend == "hip":
         return "gfx942"
     major = target.arch // 10
@@ -105,24 +105,24 @@ def family_of(target: GPUTarget) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. `triton.cdiv` does the same and takes microseconds, which every launch would wait for."""
+    """a / b, rounded up. `triton.cdiv` does the same but adds microseconds to every launch."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The least power of two that is not below n > 0, as `triton.next_power_of_2`, and as `cdiv` for its speed."""
+    """The smallest power of two >= n, for n > 0. Replaces `triton.next_power_of_2` for the same reason as `cdiv`."""
     return 1 << (n - 1).bit_length()
 
 
 def common_power(*tensors: torch.Tensor) -> int:
-    """The largest power of two, 16 at most, that divides every stride but those of the last axis."""
+    """The largest power of two, at most 16, that divides every stride except those of the last axis."""
     return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (..., N) as (outer, inner, N): a view wherever strides allow, which is nearly always.
+    """Reshape x (..., N) to (outer, inner, N), as a view if strides allow, which is nearly always.
 
-    Only where more than two leading axes cannot be joined, as after odd permutations, it is copied. x is not empty.
+    Copies only if more than two leading axes cannot be merged, as after unusual permutations. x must not be empty.
     """
     if x.dim() <= 2:
         return x.view(1, -1, x.shape[-1])

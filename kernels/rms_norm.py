@@ -1,10 +1,10 @@
-"""RMSNorm, and RMSNorm of a sum: a few rows per program.
+"""RMSNorm, alone or of a residual sum: a few rows per program.
 
     y = round(x / sqrt(mean(x²) + ε)) · w                 (Zhang & Sennrich 2019, eq. 4)
 
-Sums run in float32; the normalised row is rounded to x's dtype before it meets the gain, as in transformers. Bound by
-memory: x is read once and y written once, so a row has to fit into the registers of its program.
-Truth: `llama.reference.rms_norm`, `llama.reference.add_rms_norm`.
+Sums are accumulated in float32; the normalised row is rounded to x's dtype before it is multiplied by the gain, as in
+transformers. Memory-bound: x is read once and y written once, so a row must fit in the registers of its program.
+Reference: `llama.reference.rms_norm`, `llama.reference.add_rms_norm`.
 """
 
 import torch
@@ -21,17 +21,17 @@ def _rms_norm_kernel(
     weight_stride, width, eps,
     ADD: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # This program's rows, and their columns. A block's length must be a power of two, so it may be wider than a row.
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits divide in far fewer instructions than 64
+    # This program's rows, and their columns. A block's size must be a power of two, so it may be wider than a row.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32-bit: 64-bit division takes far more instructions
     col = tl.arange(0, BLOCK)
-    along = tl.cast(col, tl.int64)[None, :]  # columns · stride passes 2³¹ in transposed rows
-    # EVEN: the block is exactly as wide as a row, so columns need no comparison, and none is compiled.
+    along = tl.cast(col, tl.int64)[None, :]  # col · stride can exceed 2³¹ in transposed inputs
+    # EVEN: the block is exactly as wide as a row, so no comparison of columns is compiled.
     mask = (row < rows)[:, None]
     if not EVEN:
         mask = mask & (col < width)[None, :]
-    # x is (outer, inner, width) with three strides of its own, as `launch.as_rows` has made it, so that heads or tokens
-    # that do not lie side by side need no copy. Row i lies at (i // inner) · outer_stride + (i % inner) · inner_stride.
-    outer, place = tl.cast(row // x_inner, tl.int64), tl.cast(row % x_inner, tl.int64)  # rows · stride passes 2³¹
+    # x is (outer, inner, width) with three strides, from `launch.as_rows`, so heads or tokens that are not contiguous
+    # need no copy. Row i starts at (i // inner) · outer_stride + (i % inner) · inner_stride.
+    outer, place = tl.cast(row // x_inner, tl.int64), tl.cast(row % x_inner, tl.int64)  # row · stride can exceed 2³¹
     start = outer * x_outer_stride + place * x_inner_stride
     x = tl.load(x_ptr + start[:, None] + along * x_stride, mask=mask, other=0.0)
     out = tl.cast(row, tl.int64)[:, None] * width + col[None, :]
@@ -95,13 +95,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         x: (..., E), any strides, E up to 16384. weight: (E,). float32, float16 or bfloat16 each.
-        eps: goes under the root.
+        eps: added under the root.
 
     Returns:
-        A new tensor of x's shape, in the dtype that x and weight have in common.
+        A new tensor of x's shape, in the promoted dtype of x and weight.
 
     Raises:
-        ValueError: shapes that do not fit, another dtype, or a device that Triton does not reach.
+        ValueError: mismatched shapes, another dtype, or a device that Triton does not support.
     """
     _check("rms_norm", x, None, weight)
     return _rms_norm(x, weight, eps)
@@ -112,7 +112,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(residual + x), residual + x) in one pass: the end of one sub-layer and the start of the next.
 
-    The sum is rounded to its dtype before it is normalised. Arguments and errors as `rms_norm`; residual as x.
+    The sum is rounded to its dtype before it is normalised. Arguments and errors as for `rms_norm`; residual as x.
     """
     _check("add_rms_norm", x, residual, weight)
     normed, added = _add_rms_norm(x, residual, weight, eps)
@@ -126,4 +126,4 @@ def _check(name: str, x: torch.Tensor, residual: torch.Tensor | None, weight: to
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{name}: residual must have x's shape, got {residual.shape} for {x.shape}")
     if x.shape[-1] > tiles.WIDEST_ROW:
-        raise ValueError(f"{name}: rows of up to {tiles.WIDEST_ROW} numbers, got {x.shape[-1]}; llama.ops takes any")
+        raise ValueError(f"{name}: rows can be up to {tiles.WIDEST_ROW} wide, got {x.shape[-1]}; llama.ops takes any")

@@ -2,8 +2,8 @@
 
     y₁ = x₁ cos - x₂ sin        y₂ = x₂ cos + x₁ sin       (Su et al. 2021, eq. 34; x₁, x₂ the halves of a head)
 
-One program per token turns all heads: the token's angles are read once. Computed in float32 and rounded once. Bound by
-memory. Truth: `llama.reference.apply_rope`, `llama.reference.apply_rope_to_cache`.
+One program per token rotates all heads, so the token's angles are read once. Computed in float32 and rounded once.
+Memory-bound. Reference: `llama.reference.apply_rope`, `llama.reference.apply_rope_to_cache`.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _turn(
     dim = tl.cast(tl.arange(0, BLOCK_D), tl.int64)[None, :]
     second_half = tl.cast(HALF, tl.int64)
     for first in range(0, heads, BLOCK_H):
-        head = tl.cast(first + tl.arange(0, BLOCK_H), tl.int64)[:, None]  # heads · T · D passes 2³¹
+        head = tl.cast(first + tl.arange(0, BLOCK_H), tl.int64)[:, None]  # heads · T · D can exceed 2³¹
         mask = (head < heads) & (dim < HALF)
         x = x_ptr + head * x_head + dim * x_dim
         x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
@@ -39,9 +39,9 @@ def _rope_kernel(
     qob, qoh, qot, qod, kob, koh, kot, kod, vob, voh, vot, vod, pb, pt,
     STORE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)  # 32 bits divide in far fewer instructions than 64
+    token = tl.program_id(0)  # 32-bit: 64-bit division takes far more instructions
     b, t = tl.cast(token // T, tl.int64), tl.cast(token % T, tl.int64)
-    place = t  # where k and v go: beside where they came from, or into the cache
+    place = t  # where k and v go: the output's token t, or a slot of the cache
     stored = True
     if STORE:
         place = tl.load(place_ptr + b * pb + t * pt).to(tl.int64)
@@ -85,7 +85,7 @@ def _run(q, k, v, cos, sin, places, q_out, k_out, v_out) -> None:
 
 
 def _fake_apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:
-    # (B, T, H, D) in memory, as projections come: what follows can join heads without a copy
+    # (B, T, H, D) in memory, like the output of a projection: merging heads later needs no copy
     return [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2) for x in (q, k)]
 
 
@@ -123,15 +123,15 @@ def _apply_rope_to_cache(q, k, v, cos, sin, k_cache, v_cache, positions) -> torc
 def apply_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn queries and keys by their positions' angles; halves pair, as in Hugging Face's checkpoints.
+    """Rotate queries and keys by the angles of their positions, pairing halves as Hugging Face's checkpoints do.
 
     Args:
         q: (B, H, T, D). k: (B, K, T, D). Any strides, D even.
         cos, sin: (B or 1, T, D).
-        in_place: write over q and k instead of making new tensors.
+        in_place: overwrite q and k instead of allocating new tensors.
 
     Raises:
-        ValueError: shapes that do not fit, another dtype, a device that Triton does not reach, or `in_place` of a
+        ValueError: mismatched shapes, another dtype, a device that Triton does not support, or `in_place` with a
             tensor whose elements share memory.
     """
     _check("apply_rope", q, k, cos, sin)
@@ -140,7 +140,7 @@ def apply_rope(
         return q, k
     for name, x in (("q", q), ("k", k)):
         if x.numel() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(f"apply_rope: {name} is expanded, its elements share memory; not in place")
+            raise ValueError(f"apply_rope: {name} is expanded and cannot be modified in place; clone it first")
     _apply_rope_in_place(q, k, cos, sin)
     return q, k
 
@@ -149,15 +149,15 @@ def apply_rope_to_cache(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """`apply_rope`, with the turned keys and the values written straight into a cache.
+    """Apply RoPE, writing the rotated keys and the values straight into a cache.
 
     Args:
         q: (B, H, T, D). k, v: (B, K, T, D). cos, sin: (B or 1, T, D).
-        k_cache, v_cache: (B, K, S, D), written to.
-        positions: (B, T) integers, the places in the cache. What lies outside of it is not kept.
+        k_cache, v_cache: (B, K, S, D), modified in place.
+        positions: (B, T) integers, the tokens' slots in the cache. Tokens outside it are dropped.
 
     Returns:
-        The turned q, a new tensor.
+        The rotated q, a new tensor.
 
     Raises:
         ValueError: as `apply_rope`.
@@ -181,7 +181,7 @@ def _check(
     launch.check(name, q, k, cos, sin, *more)
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or q.shape[-1] % 2:
         raise ValueError(
-            f"{name}: q (batch, heads, T, D) and k (batch, kv heads, T, D) must agree in all but their heads, D even; "
+            f"{name}: q (batch, heads, T, D) and k (batch, kv heads, T, D) must match but for heads, with D even; "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     B, _, T, D = q.shape

@@ -1,9 +1,9 @@
-"""SwiGLU: the gate of the feed-forward half, without a copy of either side.
+"""SwiGLU: the gate of the feed-forward block, without copying either input.
 
     y = silu(gate) · up,   silu(x) = x / (1 + e^-x)        (Shazeer 2020, eq. 5)
 
-Computed in float32 and rounded once. Bound by memory: gate and up are read once, y is written once. Both may be halves
-of one projection's output. Truth: `llama.reference.swiglu`.
+Computed in float32 and rounded once. Memory-bound: gate and up are read once, y is written once. The inputs may be
+halves of one projection's output. Reference: `llama.reference.swiglu`.
 """
 
 import torch
@@ -18,7 +18,7 @@ def _swiglu_kernel(
     gate_ptr, up_ptr, y_ptr, g_inner, g_outer_stride, g_inner_stride, g_stride,
     u_inner, u_outer_stride, u_inner_stride, u_stride, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)  # 32 bits divide in far fewer instructions than 64
+    row = tl.program_id(0)  # 32-bit: 64-bit division takes far more instructions
     col = tl.cast(tl.program_id(1), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     g_outer, g_place = tl.cast(row // g_inner, tl.int64), tl.cast(row % g_inner, tl.int64)
@@ -60,9 +60,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         A new tensor of that shape.
 
     Raises:
-        ValueError: shapes that differ, another dtype, or a device that Triton does not reach.
+        ValueError: mismatched shapes, another dtype, or a device that Triton does not support.
     """
     launch.check("swiglu", gate, up)
     if gate.shape != up.shape or gate.dim() == 0:
-        raise ValueError(f"swiglu: gate and up must have one shape, got {gate.shape} and {up.shape}")
+        raise ValueError(f"swiglu: gate and up must have the same shape, got {gate.shape} and {up.shape}")
     return _swiglu(gate, up)

@@ -1,6 +1,7 @@
-"""LLaMA three times: `llama.reference` (NumPy, to read), `llama.kernels` (Triton), and the drop-in classes here.
+"""Three implementations of LLaMA: `llama.reference` (NumPy, for reading), `llama.kernels` (Triton), and the drop-in
+replacements for transformers' classes here.
 
-`import llama` is quick: a name is loaded, with what it needs, when it is first asked for.
+`import llama` is fast: names, and the libraries they need, are imported lazily.
 """
 
 import importlib
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .tokenization import TextStream as TextStream
     from .tokenization import load_tokenizer as load_tokenizer
 
-# module -> the names that live in it
+# module -> the names it defines
 _NAMES: dict[str, Iterable[str]] = {
     "acceleration": ("accelerate",),
     "auto": (
@@ -75,7 +76,7 @@ _NAMES: dict[str, Iterable[str]] = {
 _HOMES = {name: f"llama.{module}" for module, names in _NAMES.items() for name in names}
 _MODULES = ("hf", "kernels", "reference")
 
-__all__ = [*_HOMES, "kernels", "reference"]  # hf needs transformers: ask for it by name
+__all__ = [*_HOMES, "kernels", "reference"]  # not hf, which needs transformers
 
 
 def __getattr__(name: str) -> Any:

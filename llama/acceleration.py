@@ -1,14 +1,14 @@
-"""Our kernels in a model of transformers: `llama.accelerate(model)`, and back with `restore()`.
+"""Our kernels inside a transformers model: `llama.accelerate(model)`, undone by `restore()`.
 
-What is replaced is replaced in this one model: each module whose type is exactly transformers' own becomes an instance
-of a subclass of it, with the same parameters, children and hooks. Such a module asks `llama.ops` when the kernels can
-compute, and runs transformers' code when they cannot: gradients are wanted, attention weights are asked for, a mask is
-more than padding. So nothing is lost but speed. Children are always called as modules: an adapter or a quantised layer
-stays in effect.
+Only this one model changes: each module whose type is exactly a class of transformers becomes an instance of a subclass
+of it, with the same parameters, children and hooks. Such a module calls `llama.ops` when the kernels can compute, and
+transformers' own code when they cannot: gradients are needed, attention weights are requested, or the mask is more than
+padding. So nothing is lost but speed. Children are always called as modules, so adapters and quantised layers stay in
+effect.
 
-transformers tells attention about padding by a mask that it makes once a pass, in the form that the name in
-`config._attn_implementation` asks for. From 4.53 on that form can be registered, and ours is (B, S), which the kernels
-take. Older ones make (B, 1, T, S) of it, and such a batch keeps transformers' attention.
+transformers passes padding to attention as a mask, made once per forward pass in the format registered for the name in
+`config._attn_implementation`. From 4.53 on we can register our own, (B, S), which the kernels take. Older versions make
+(B, 1, T, S), and padded batches then keep transformers' attention.
 """
 
 import importlib
@@ -25,8 +25,8 @@ from torch import nn
 from . import ops
 
 WIDEST_HEAD = 256  # of the attention kernels
-STARTS = ("sdpa", "eager")  # transformers' attentions that ours may take the place of; whoever has others chose them
-OF_OTHERS = ("is_causal", "position_bias", "softcap", "cache", "sliding_window")  # arguments that the kernels lack
+STARTS = ("sdpa", "eager")  # transformers' attentions that ours may replace; any other was chosen deliberately
+OF_OTHERS = ("is_causal", "position_bias", "softcap", "cache", "sliding_window")  # arguments the kernels lack
 KERNELS = {
     "LlamaRMSNorm": "rms_norm",
     "LlamaMLP": "swiglu",
@@ -36,27 +36,27 @@ KERNELS = {
 
 
 def accelerate(model: nn.Module, backend: str = "auto") -> "Acceleration":
-    """Let this project's kernels compute in a Llama of transformers (4.46 or later), in place.
+    """Make a Llama of transformers (4.46 or later) use this project's kernels, in place.
 
         with llama.accelerate(model):
             model.generate(...)
 
-    RMSNorm, SwiGLU, RoPE and attention are taken; parameters, the state dict, hooks and adapters stay as they are, and
-    what `save_pretrained` writes does not change. The kernels have no backward pass yet: where gradients are wanted
-    transformers' own code computes, and a first warning says so.
+    RMSNorm, SwiGLU, RoPE and attention are replaced; parameters, the state dict, hooks and adapters stay as they are,
+    and what `save_pretrained` writes does not change. The kernels have no backward pass yet: when gradients are needed,
+    transformers' own code runs, with a warning the first time.
 
     Args:
-        model: a model of transformers that is or holds a `LlamaModel`: one with any head, or inside of PEFT's wrapper.
-            What somebody derived from transformers' classes is left alone; the report says so.
-        backend: "triton" takes the kernels. "auto" takes them for what lies on a GPU that they were made for, and
-            changes no bit elsewhere. "torch" takes this project's PyTorch operations, fewer and larger than
-            transformers' own; attention, where there is no difference, is left alone.
+        model: a transformers model that is or contains a `LlamaModel`: with any head, or inside PEFT's wrapper.
+            Subclasses of transformers' classes are left alone; the report says so.
+        backend: "triton" uses the kernels. "auto" uses them for tensors on a GPU that they support, and is bitwise
+            identical to transformers elsewhere. "torch" uses this project's PyTorch operations, fewer and larger than
+            transformers' own; attention, which would not differ, is left alone.
 
     Returns:
         An `Acceleration`: `print` it to see what was replaced; its `restore()` undoes everything.
 
     Raises:
-        ValueError: there is no `LlamaModel` in it, it is accelerated already, or this machine lacks the backend.
+        ValueError: the model has no `LlamaModel` or is already accelerated, or this machine lacks the backend.
         ImportError: transformers is not installed.
     """
     classes = _classes()
@@ -64,8 +64,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> "Acceleration":
     roots = _llamas(model)
     if any(type(module) in classes.values() for module in model.modules()):
         raise ValueError(
-            f"this {type(model).__name__} is accelerated already: first call restore() of what accelerate returned or, "
-            "of a copy, llama.acceleration.restore(model)"
+            f"this {type(model).__name__} is accelerated already: first call restore() on what accelerate returned or, "
+            "for a copy, llama.acceleration.restore(model)"
         )
     modeling = _modeling()
     handle, state = Acceleration(model, backend), _State(backend, _registered(), _silus(), _returns_past())
@@ -89,7 +89,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> "Acceleration":
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate` in a model, or in a copy of one; in any other nothing happens."""
+    """Undo `accelerate` in a model, or in a copy of one; a no-op for any other."""
     originals = {ours: theirs for theirs, ours in _classes().items()}
     for module in model.modules():
         if type(module) in originals:
@@ -103,18 +103,18 @@ def restore(model: nn.Module) -> None:
 
 @dataclass
 class Acceleration:
-    """What `accelerate` did. As a context manager it undoes that at the end."""
+    """What `accelerate` did. As a context manager, it undoes that on exit."""
 
     model: nn.Module
     backend: str
     replaced: Counter[str] = field(default_factory=Counter)
-    """transformers' class -> how many of its modules run our kernels."""
+    """transformers' class -> the number of its modules that were replaced."""
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(class, why) -> how many modules stayed as they were."""
+    """(class, reason) -> the number of modules left alone."""
     active: bool = True
 
     def restore(self) -> None:
-        """Make the model what it was, bit for bit. A second time nothing happens."""
+        """Restore the model exactly as it was. Calling it again is a no-op."""
         if self.active:
             restore(self.model)
             self.active = False
@@ -140,13 +140,13 @@ class Acceleration:
         if self.backend != "torch":
             if "LlamaAttention" in self.replaced or "LlamaSdpaAttention" in self.replaced:
                 lines += [] if _registers_masks() else ["  rows with padding keep transformers' attention before 4.53"]
-            lines.append("  where gradients are wanted transformers' own code computes: no kernel has a backward pass")
+            lines.append("  when gradients are needed, transformers' own code runs: no kernel has a backward pass")
         return "\n".join(lines)
 
 
 @dataclass
 class _State:
-    """What the modules of one accelerated model share; and what torch.compile could not look up on its way."""
+    """What the modules of one accelerated model share, including what torch.compile could not look up by itself."""
 
     backend: str
     names: dict[str, str]
@@ -158,12 +158,12 @@ class _State:
 
 
 class _Accelerated(nn.Module):
-    """Stands before one of transformers' classes: `super().forward` is its own code."""
+    """Mixin in front of one of transformers' classes, whose own code is `super().forward`."""
 
     _acceleration: _State
 
     def _takes(self, x: torch.Tensor) -> bool:
-        """Whether `ops` computes with what comes in, and transformers' own code does not."""
+        """Whether `ops`, and not transformers' own code, handles this input."""
         state = self._acceleration
         if state.backend == "torch":
             return True
@@ -175,8 +175,8 @@ class _Accelerated(nn.Module):
         if self.training and not state.told and not compiling and ops.uses_triton(state.backend, x.detach()):
             state.told = True
             warnings.warn(
-                "an accelerated model trains: the kernels have no backward pass yet, so transformers' own code "
-                "computes. Under torch.no_grad() the kernels do",
+                "an accelerated model is training: the kernels have no backward pass yet, so transformers' own code "
+                "runs. Under torch.no_grad() the kernels do",
                 stacklevel=2,
             )
         return False
@@ -206,8 +206,8 @@ class _MLP(_Accelerated):
 
 
 class _Attention(_Accelerated):
-    """Attention whose mask is None, the first T keys being the queries' own, or (B, L), True where there is no padding
-    among the first L keys, of which the queries are the last. Any other is transformers' affair."""
+    """Attention with a mask of None (the first T keys are the queries' own; if T is 1, all keys are seen) or (B, L),
+    False at padding among the first L keys, of which the queries are the last. Other masks are left to transformers."""
 
     config: Any
     layer_idx: int
@@ -232,22 +232,22 @@ class _Attention(_Accelerated):
         cos, sin = rotation
         q, k = ops.apply_rope(q, k, cos, sin, backend)
         if past is not None:
-            where = kwargs.get("cache_position")  # which a static cache of transformers 4 wants to be told
+            where = kwargs.get("cache_position")  # which transformers 4's static cache needs
             more = () if where is None else ({"cos": cos, "sin": sin, "cache_position": where},)
             k, v = past.update(k, v, self.layer_idx, *more)
         seen = mask.shape[1] if mask is not None else T if T > 1 else k.shape[2]
-        k, v = k[:, :, :seen], v[:, :, :seen]  # behind may be a static cache's empty places
+        k, v = k[:, :, :seen], v[:, :, :seen]  # a static cache may have empty entries beyond
         out = ops.attention(q, k, v, None if mask is None else _padding(mask, T), 0.0, backend)
         out = self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
         return (out, None, past) if self._acceleration.returns_past else (out, None)
 
     def _suits(self, **kwargs: Any) -> bool:
-        """Whether this call is one that the kernels can do."""
+        """Whether the kernels support this call."""
         config, mask, names = self.config, kwargs.get("attention_mask"), self._acceleration.names
         if names:
             start = names.get(config._attn_implementation)
-            if start is None or (start == "eager" and mask is None):  # for which that means no mask at all
-                return False  # else somebody wanted another attention since
+            if start is None or (start == "eager" and mask is None):  # eager: None means no mask at all
+                return False  # no start: another attention was chosen since
         return (
             (mask is None or mask.dim() == 2)
             and kwargs.get("position_embeddings") is not None
@@ -261,22 +261,22 @@ class _Attention(_Accelerated):
 
 
 def _padding(keys: torch.Tensor, T: int) -> ops.Padding:
-    """`ops.padding_of`, once for all layers: it is kept with the mask, which is new in every pass."""
-    if T == 1:  # the kernel for one token wants nothing else
+    """`ops.padding_of`, once for all layers: it is cached on the mask, which is new in every forward pass."""
+    if T == 1:  # the kernel for one token needs nothing else
         return ops.Padding(keys, None, None, None)
     if torch.compiler.is_compiling():
         return ops.padding_of(keys, None)
     found = getattr(keys, "_padding", None)
-    if found is None:  # kept without the mask itself, which would keep itself alive
+    if found is None:  # cached without the mask, to avoid a reference cycle
         found = keys._padding = ops.padding_of(keys, None)._replace(keys=None)  # type: ignore[attr-defined]
     return found._replace(keys=keys)
 
 
 def _mask(masks: Any, backend: str, start: str, **said: Any) -> torch.Tensor | None:
-    """The mask that `_Attention` wants, of what transformers says to the makers of masks; where that cannot say it,
-    the mask of the attention that ours took the place of. `masks` is transformers' module of them."""
+    """Make the mask for `_Attention` from the arguments that transformers passes to mask functions or, if it cannot be
+    expressed so, the mask of the attention that ours replaced. `masks` is transformers' masking_utils."""
     given, batch, keys = said.get("attention_mask"), said["batch_size"], said["kv_length"]
-    places = said.get("cache_position")  # from 5.x on lengths and offsets in its place
+    places = said.get("cache_position")  # lengths and offsets replace it from 5.x on
     T = said["q_length"] if places is None else len(places)
     device = said["device"] if places is None else places.device
     begin = said["q_offset"] if places is None else 0 if keys == T else None
@@ -285,14 +285,14 @@ def _mask(masks: Any, backend: str, start: str, **said: Any) -> torch.Tensor | N
         return own()
     is_causal = said["mask_function"] is masks.causal_mask_function and not said.get("use_vmap")
     if is_causal and said.get("kv_offset", 0) == 0 and begin is not None and not isinstance(begin, torch.Tensor):
-        end = begin + T  # a dynamic cache ends here; a static one has places beyond
+        end = begin + T  # a dynamic cache ends here; a static one has entries beyond
         if given is None:
             if start != "eager" and (begin == 0 if T > 1 else end == keys):
                 return None
             return torch.ones(batch, end, dtype=torch.bool, device=device)
         if given.shape[0] == batch and given.shape[1] >= end:
             return given[:, :end].to(torch.bool)
-    if T == 1:  # whatever it means, for one query it is a choice of keys
+    if T == 1:  # whatever it means, for one query it just selects keys
         return masks.sdpa_mask(**said | {"allow_is_causal_skip": False})[:, 0, 0]
     return own()
 
@@ -301,7 +301,7 @@ def _attend(
     masks: Any, attend: Any, start: str,
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """transformers' attention, for whom the name of ours reaches and the kernels do not suit: with its own mask."""
+    """transformers' attention with its own mask, for calls under our name that the kernels do not support."""
     if mask is not None and mask.dim() == 2:
         (B, L), T, S = mask.shape, q.shape[2], k.shape[2]
         mask = masks.ALL_MASK_ATTENTION_FUNCTIONS[start](
@@ -318,20 +318,20 @@ def _attend(
 def _llamas(model: nn.Module) -> list[nn.Module]:
     """Every `LlamaModel` in `model`."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"accelerate takes a Llama of transformers, got {type(model).__name__}")
+        raise ValueError(f"accelerate takes a transformers Llama model, got {type(model).__name__}")
     found = [module for module in model.modules() if isinstance(module, _modeling().LlamaModel)]
     if found:
         return found
     name = type(model).__name__
     if any(isinstance(module, ops.Computes) for module in model.modules()):
-        raise ValueError(f"this {name} is this project's own and has the kernels already: model.set_backend chooses")
+        raise ValueError(f"this {name} is this project's own and has the kernels already; see model.set_backend")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = f" (model_type {kind!r})" if isinstance(kind, str) else ""
-    raise ValueError(f"accelerate takes a Llama of transformers; there is no LlamaModel in this {name}{family}")
+    raise ValueError(f"accelerate takes a transformers Llama model; there is no LlamaModel in this {name}{family}")
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why this module is not replaced, None if it is."""
+    """Why this module is not replaced, or None if it is."""
     if type(module) not in _classes():
         return "not transformers' own class"
     if not _runs_its_class(module):
@@ -346,16 +346,16 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 def _why_not_attention(root: nn.Module, backend: str) -> str | None:
-    """Why attention is left alone in this `LlamaModel`, all or none: the layers share one form of mask."""
+    """Why attention is left alone in all of this `LlamaModel`, whose layers share a mask format, or None if not."""
     modeling = _modeling()
     config: Any = root.config
     start = _registered().get(config._attn_implementation, config._attn_implementation)
     if backend == "torch":
-        return "PyTorch's attention is transformers' own"
+        return "transformers uses PyTorch's attention too"
     if start not in STARTS:
         return f"attn_implementation is {start!r}"
     if start == "eager" and not _registers_masks():
-        return "before transformers 4.53 its masks have four axes; load with attn_implementation='sdpa'"
+        return "its masks are 4-D before transformers 4.53; load with attn_implementation='sdpa'"
     layers: Any = root.layers
     owners = [(root, modeling.LlamaModel), *((layer, modeling.LlamaDecoderLayer) for layer in layers)]
     for module, own in owners:
@@ -363,23 +363,23 @@ def _why_not_attention(root: nn.Module, backend: str) -> str | None:
             return f"its {type(module).__name__} is not transformers' own"
     for attention in (layer.self_attn for layer in layers):
         if (reason := _why_not(attention)) is not None:
-            return f"one of the layers has a {type(attention).__name__} that is left alone: {reason}"
+            return f"the {type(attention).__name__} of one layer is left alone: {reason}"
         if attention.config is not config:
-            return "its layers have another configuration than it has"
+            return "its layers have a different configuration"
         if attention.head_dim > WIDEST_HEAD:
-            return f"the kernels take heads of up to {WIDEST_HEAD} numbers, these have {attention.head_dim}"
+            return f"the kernels take a head_dim of up to {WIDEST_HEAD}, this is {attention.head_dim}"
     return None
 
 
 def _runs_its_class(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward, be it inside of the hook that accelerate attaches."""
+    """Whether calling `module` runs its class's forward, possibly inside a hook of Hugging Face's accelerate."""
     own = module.__dict__
     bound = own.get("_old_forward", own.get("forward"))
     return bound is None or getattr(bound, "__func__", None) is type(module).forward
 
 
 def _become(module: nn.Module, cls: Any) -> None:
-    """Change a module's class, and what was bound to the old one's forward (accelerate keeps it on the instance)."""
+    """Change a module's class, and rebind forwards on the instance (where Hugging Face's accelerate keeps them)."""
     before = type(module).forward
     module.__class__ = cls
     for name in ("forward", "_old_forward"):
@@ -387,7 +387,7 @@ def _become(module: nn.Module, cls: Any) -> None:
             module.__dict__[name] = MethodType(cls.forward, module)
 
 
-# --- transformers, which is asked for when it is needed, and differs from version to version ---
+# --- transformers, imported when needed, and the differences between its versions ---
 
 
 @cache
@@ -397,7 +397,7 @@ def _modeling() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise ImportError("llama.accelerate works on transformers' models: pip install transformers") from None
+        raise ImportError("llama.accelerate needs transformers: pip install transformers") from None
     return importlib.import_module("transformers.models.llama.modeling_llama")
 
 
@@ -407,20 +407,20 @@ def _silus() -> tuple[type, ...]:
 
 
 def _returns_past() -> bool:
-    """Whether attention hands its cache back, and has a class for SDPA (until 4.47)."""
+    """Whether attention returns its cache, and has a class for SDPA (until 4.47)."""
     return hasattr(_modeling(), "LlamaSdpaAttention")
 
 
 @cache
 def _registers_masks() -> bool:
-    """Whether transformers lets others make their masks (from 4.53 on)."""
+    """Whether mask functions can be registered with transformers (from 4.53 on)."""
     return hasattr(importlib.import_module("transformers"), "AttentionMaskInterface")
 
 
 @cache
 def _registered() -> dict[str, str]:
-    """Our names for `config._attn_implementation` -> the attention that each takes the place of; and of them there are
-    none where there is nobody to tell."""
+    """Our names for `config._attn_implementation` -> the attention that each replaces; empty if masks cannot be
+    registered."""
     if not _registers_masks():
         return {}
     transformers = importlib.import_module("transformers")
@@ -443,7 +443,7 @@ def _name(backend: str, start: str) -> str:
 def _classes() -> dict[type, type]:
     """transformers' classes -> ours."""
     modeling = _modeling()
-    _registered()  # here, so that it is done wherever a model is unpickled
+    _registered()  # here, so that unpickling a model does it too
     attention = modeling.LlamaSdpaAttention if _returns_past() else modeling.LlamaAttention
     return {
         theirs: type(f"Accelerated{theirs.__name__}", (ours, theirs), {"__module__": __name__})
@@ -452,7 +452,7 @@ def _classes() -> dict[type, type]:
 
 
 def __getattr__(name: str) -> type:
-    """The classes, where pickle looks for them."""
+    """The generated classes, where pickle looks for them."""
     if name.startswith("AcceleratedLlama"):
         for cls in _classes().values():
             if cls.__name__ == name:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Activation(nn.Module):
-    """A function of a tensor as a module."""
+    """A tensor function as a module."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
@@ -43,7 +43,7 @@ def _gelu_tanh() -> nn.Module:
     return nn.GELU(approximate="tanh")
 
 
-# The names of `reference.ACTIVATIONS`, which has the formulas; a test compares the two.
+# Same names as `reference.ACTIVATIONS`, which has the formulas; a test compares the two.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,

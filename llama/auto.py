@@ -1,4 +1,4 @@
-"""transformers' Auto classes, for code that names no architecture: here there is one."""
+"""transformers' Auto classes, for code that names no architecture; here Llama is the only one."""
 
 from .config import LlamaConfig as AutoConfig
 from .modeling import LlamaForCausalLM as AutoModelForCausalLM

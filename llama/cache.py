@@ -12,19 +12,19 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class CacheLayer:
-    """One layer's keys (after RoPE) and values: views (B, K, length, D) of buffers with room behind.
+    """One layer's keys (after RoPE) and values: views (B, K, length, D) of buffers with spare capacity.
 
-    Without gradients new tokens are written into the buffers, which double when full: appending costs the tokens, not
-    the past. Under autograd, whose saved tensors must not change, the past is concatenated. Nor is anything written
-    over that somebody may hold: what was handed in, or was looked at before a crop, is copied first. With a
-    `max_length` there is one buffer, and it is written over.
+    Without gradients, new tokens are written into the buffers, which double when full, so the cost of appending does
+    not grow with the past. Under autograd, whose saved tensors must not change, the past is concatenated. Nor are
+    tensors overwritten that the caller may hold: those passed in, or read before a crop, are copied first. With a
+    `max_length` there is one buffer, which is overwritten.
     """
 
     def __init__(self, max_length: int | None = None):
         self.max_length = max_length
         self.length = 0
-        self._ours = False  # whether nobody else holds the places from `length` on
-        self._lent = False  # whether somebody has looked at those before `length`
+        self._ours = False  # whether nobody else holds the entries from `length` on
+        self._lent = False  # whether those before `length` have been handed out
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -51,17 +51,17 @@ class CacheLayer:
         self._put(self.keys, values)
 
     def _put(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        """Hold these, (B, K, length, D). One is put after the other, so their lengths may differ in between."""
+        """Replace the contents by (B, K, length, D). Keys and values are set one at a time, so lengths may differ."""
         self._keys, self._values, self._ours = keys, values, False
         self.length = max(held.shape[2] for held in (keys, values) if held is not None)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> Pair:
-        """Take (B, K, T, D) of new keys and values; give all so far."""
+        """Append (B, K, T, D) keys and values; return all so far."""
         start, end = self.length, self.length + k.shape[2]
         if self.max_length is not None and end > self.max_length:
             raise ValueError(f"the cache has room for {self.max_length} tokens and {end} are needed; make it larger")
         if self._keys is None or self._values is None:
-            if self.max_length is None:  # a prompt that is read at once is kept as it comes
+            if self.max_length is None:  # the first tokens are kept without a copy
                 self._keys, self._values, self.length = k, v, end
                 return k, v
             shape = (k.shape[0], k.shape[1], self.max_length, k.shape[3])
@@ -70,7 +70,7 @@ class CacheLayer:
             self._keys = self._values = None
             return self.append(k, v)
         if k.shape[0] != self._keys.shape[0]:
-            raise ValueError(f"the cache holds {self._keys.shape[0]} rows and {k.shape[0]} come; reorder or reset it")
+            raise ValueError(f"the cache holds {self._keys.shape[0]} rows, got {k.shape[0]}; reorder or reset it")
         if torch.is_grad_enabled():
             self._ours = False
             self._keys = torch.cat([self._keys[:, :, :start], k], dim=2)
@@ -90,24 +90,24 @@ class CacheLayer:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def crop(self, length: int) -> None:
-        """Forget all tokens from place `length` on."""
+        """Drop all tokens from index `length` on."""
         if length < self.length:
             self.length, self._ours, self._lent = length, self._ours and not self._lent, False
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep (and repeat) these rows of the batch."""
+        """Select (and possibly repeat) rows of the batch."""
         if self._keys is not None and self._values is not None:
             rows = rows.to(self._keys.device)
             self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
 
 def _is_frozen(x: torch.Tensor) -> bool:
-    """Whether `x` was made in inference mode, and this is outside of it: then it may not be written to."""
+    """Whether `x` is an inference tensor outside inference mode, where it must not be written to."""
     return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class _OfLayers(list):
-    """Every layer's keys or values, as 4.x's caches show them: a tensor put into a place is put into the cache."""
+    """Every layer's keys or values, as in transformers 4.x's caches: setting an item updates the cache."""
 
     def __init__(self, layers: list[CacheLayer], name: str):
         super().__init__(getattr(layer, name) for layer in layers)
@@ -118,34 +118,34 @@ class _OfLayers(list):
         super().__setitem__(index, tensor)
 
     def append(self, tensor: Any) -> None:
-        raise TypeError("a layer is added to a cache by update(keys, values, layer_idx), not in its key_cache")
+        raise TypeError("layers are added to a cache by update(keys, values, layer_idx), not in its key_cache")
 
 
 class Cache:
-    """What the models keep between calls. One object serves as transformers' `Cache` and as its tuple of pairs:
+    """The models' KV cache. One object serves as transformers' `Cache` and as its legacy tuple of pairs:
 
-    `cache[layer]` is (keys, values), each (B, num_key_value_heads, length, head_dim), and iterating gives them all.
+    `cache[layer]` is (keys, values), each (B, num_key_value_heads, length, head_dim), and iterating yields every pair.
     """
 
     max_cache_len: int | None = None
-    is_compileable = False  # transformers' generate asks, and would compile the model
+    is_compileable = False  # if True, transformers' generate would compile the model
 
     def __init__(self) -> None:
         self.layers: list[CacheLayer] = []
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int,
                cache_kwargs: dict[str, Any] | None = None) -> Pair:  # fmt: skip
-        """Append (B, K, T, D) keys and values to a layer; give all of them."""
+        """Append (B, K, T, D) keys and values to a layer; return all of them."""
         while len(self.layers) <= layer_idx:
             self.layers.append(CacheLayer(self.max_cache_len))
         return self.layers[layer_idx].append(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The tokens held."""
+        """The number of tokens held."""
         return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int | None:
-        """The tokens there is room for; None: any number."""
+        """The maximum number of tokens, None if unlimited."""
         return self.max_cache_len
 
     get_max_length = get_max_cache_shape
@@ -182,25 +182,25 @@ class Cache:
         return tuple(self)
 
     def crop(self, max_length: int) -> None:
-        """Forget all tokens from place `max_length` on; negative counts from the end."""
+        """Drop all tokens from index `max_length` on; negative values count from the end."""
         length = self.get_seq_length()
         keep = max_length if max_length >= 0 else max(length + max_length, 0)
         for layer in self.layers:
             layer.crop(keep)
 
     def reset(self) -> None:
-        """Forget all tokens; buffers stay."""
+        """Drop all tokens, but keep the buffers."""
         self.crop(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
+        """Reorder the rows: row i becomes the former row beam_idx[i]."""
         for layer in self.layers:
             layer.select(beam_idx)
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, neighbours equal."""
+        """Repeat every row `repeats` times, copies adjacent."""
         for layer in self.layers:
             if layer._keys is not None:
                 layer.select(torch.arange(len(layer._keys)).repeat_interleave(repeats))
@@ -210,8 +210,8 @@ class DynamicCache(Cache):
     """A cache that grows with the text.
 
     Args:
-        ddp_cache_data: layers of (keys, values) to begin with; the tensors are taken over, not copied.
-        config: accepted as transformers does; nothing in it is needed.
+        ddp_cache_data: initial (keys, values) per layer; the tensors are not copied.
+        config: accepted for compatibility with transformers, and ignored.
     """
 
     def __init__(self, ddp_cache_data: Iterable[Pair] | None = None, config: "LlamaConfig | None" = None):
@@ -223,27 +223,27 @@ class DynamicCache(Cache):
 
     @classmethod
     def from_legacy_cache(cls, past_key_values: Iterable[Pair] | None = None) -> Self:
-        """A cache of a tuple over layers of (keys, values)."""
+        """A cache from a tuple over layers of (keys, values)."""
         return cls(past_key_values)
 
     def batch_split(self, full_batch_size: int, split_size: int) -> list[Self]:
-        """Caches of `split_size` rows each, in order."""
+        """Split into caches of `split_size` rows each, in order."""
         starts = range(0, full_batch_size, split_size)
         return [type(self)([(k[i : i + split_size], v[i : i + split_size]) for k, v in self]) for i in starts]
 
 
 class StaticCache(Cache):
-    """A cache of one allocation, for at most `max_cache_len` tokens. Longer texts are an error.
+    """A cache of fixed capacity, allocated once. More than `max_cache_len` tokens are an error.
 
-    transformers hands the model all `max_cache_len` places and masks those that are empty; ours hands the tokens it
-    holds, so attentions are as wide as the text.
+    transformers' returns all `max_cache_len` entries and masks the empty ones; ours returns only the tokens it holds,
+    so attention weights are as wide as the text.
 
-    The buffers are made when the first tokens come, for their rows, dtype and device.
+    The buffers are allocated when the first tokens arrive, with their batch size, dtype and device.
 
     Args:
         config: the model's.
-        max_cache_len: the tokens there is room for.
-        batch_size, max_batch_size, device, dtype: accepted as transformers does; the tokens say it themselves.
+        max_cache_len: the maximum number of tokens.
+        batch_size, max_batch_size, device, dtype: accepted for compatibility, and ignored; the tokens determine them.
     """
 
     def __init__(self, config: "LlamaConfig", max_cache_len: int | None = None, batch_size: int | None = None,
@@ -251,16 +251,16 @@ class StaticCache(Cache):
                  max_batch_size: int | None = None):  # fmt: skip
         super().__init__()
         if max_cache_len is None or max_cache_len < 1:
-            raise ValueError(f"max_cache_len must be the number of tokens to make room for, got {max_cache_len}")
+            raise ValueError(f"max_cache_len must be a positive number of tokens, got {max_cache_len}")
         self.max_cache_len = max_cache_len
         self.layers = [CacheLayer(max_cache_len) for _ in range(config.num_hidden_layers)]
 
 
 def as_cache(past_key_values: Any) -> Any:
-    """The cache in `past_key_values`: an object that is one already, of ours or of transformers', or a tuple's."""
+    """`past_key_values` as a cache: ours or transformers' as it is, a tuple of pairs as a `DynamicCache`."""
     layers = getattr(past_key_values, "layers", ())
     if not isinstance(past_key_values, Cache) and any(hasattr(layer, "max_cache_len") for layer in layers):
-        raise ValueError("transformers' StaticCache hands over its empty places too; use llama.StaticCache")
+        raise ValueError("transformers' StaticCache also returns its empty entries; use llama.StaticCache")
     if hasattr(past_key_values, "update") and hasattr(past_key_values, "get_seq_length"):
         return past_key_values
     if isinstance(past_key_values, tuple | list):

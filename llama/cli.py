@@ -1,4 +1,4 @@
-"""The command line: `llama fetch`, `llama generate`, `llama chat`, `llama verify`, `llama bench`."""
+"""The command line: `llama fetch`, `generate`, `chat`, `verify`, `info`, `convert` and `bench`."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ BACKENDS = click.Choice(["auto", "torch", "triton", "reference"])
 
 
 class Group(click.Group):
-    """Commands that end in a sentence when Ctrl-C stops them."""
+    """A group whose commands exit with a short message on Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -36,27 +36,26 @@ class Group(click.Group):
 )
 @click.version_option(package_name="llama-triton", prog_name="llama")
 def cli() -> None:
-    """LLaMA models: fetch them, ask them, talk to them.
+    """Download, run, check and convert LLaMA models.
 
-    MODEL is everywhere a folder in Hugging Face's layout or in Meta's (consolidated.*.pth), a .gguf file, the id of a
-    model on the Hugging Face Hub (org/name, or org/name/file.gguf), or the alias smollm2, which downloads 93 MB of
-    real weights (SmolLM2-135M-Instruct, Apache-2.0) the first time. What was downloaded is used without asking the
-    network again.
+    MODEL is always a folder in Hugging Face's or Meta's (consolidated.*.pth) layout, a .gguf file, the id of a model on
+    the Hugging Face Hub (org/name, or org/name/file.gguf), or the alias smollm2, which downloads 93 MB of real weights
+    (SmolLM2-135M-Instruct, Apache-2.0) on first use. Downloaded models are used without asking the network again.
     """
 
 
 def model_options(command: Any) -> Any:
     """The options that `generate` and `chat` share."""
     for option in (
-        # from the last to the first: a decorator shows what it adds above what is there
-        click.option("--seed", type=click.IntRange(0), help="Draw the same tokens every time."),
+        # in reverse: each decorator puts its option before those already there
+        click.option("--seed", type=click.IntRange(0), help="Sample the same tokens every time."),
         click.option("--repetition-penalty", default=1.0, help="Above 1 makes tokens of the text so far less likely."),
-        click.option("--min-p", default=0.0, help="Drop tokens below this fraction of the best probability."),
-        click.option("--top-p", default=1.0, help="Draw from the fewest tokens that reach this probability."),
-        click.option("--top-k", type=click.IntRange(1), help="Draw from this many likeliest tokens."),
-        click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 draws."),
-        click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="The longest answer."),
-        click.option("--backend", type=BACKENDS, default="auto", help="What computes; auto is torch, where installed."),
+        click.option("--min-p", default=0.0, help="Drop tokens below this fraction of the highest probability."),
+        click.option("--top-p", default=1.0, help="Sample from the fewest tokens with this total probability."),
+        click.option("--top-k", type=click.IntRange(1), help="Sample from this many likeliest tokens."),
+        click.option("--temperature", default=0.0, help="0 takes the likeliest token, above 0 samples."),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="Maximum length of the answer."),
+        click.option("--backend", type=BACKENDS, default="auto", help="The backend; auto is torch if installed."),
         click.option("--model", "-m", default="smollm2", metavar="MODEL", help="The model to use."),
     ):
         command = option(command)
@@ -66,12 +65,11 @@ def model_options(command: Any) -> Any:
 @cli.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit of a model on the Hub.")
-@click.option("--update", is_flag=True, help="Ask the Hub for a newer commit, and download what it changed.")
+@click.option("--update", is_flag=True, help="Ask the Hub for a newer commit, and download what changed.")
 def fetch(model: str, revision: str | None, update: bool) -> None:
-    """Download MODEL once, a Hugging Face id or the alias smollm2; print the folder it lies in.
+    """Download MODEL, a Hugging Face id or the alias smollm2, unless it is cached; print its path.
 
-    For private and gated models log in with `hf auth login`, or set HF_TOKEN. HF_HOME names another place than
-    ~/.cache/huggingface.
+    For private and gated models log in with `hf auth login`, or set HF_TOKEN. HF_HOME replaces ~/.cache/huggingface.
     """
     from .checkpoints import find
 
@@ -80,13 +78,13 @@ def fetch(model: str, revision: str | None, update: bool) -> None:
 
 @cli.command()
 @click.argument("prompt")
-@click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat template.")
 @click.option("--system", help="A system message before the prompt.")
 @model_options
 def generate(prompt: str, raw: bool, system: str | None, **options: Any) -> None:
-    """Answer PROMPT ("-" reads standard input), printing the words as they come.
+    """Answer PROMPT ("-" reads standard input), printing the text as it is generated.
 
-    A model with a chat template is asked as its user would; a model without one continues the text.
+    If the model has a chat template, PROMPT is a user's message; otherwise the model continues the text.
     """
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if raw and system is not None:
@@ -110,9 +108,9 @@ def generate(prompt: str, raw: bool, system: str | None, **options: Any) -> None
 @click.option("--system", help="A system message that opens the conversation.")
 @model_options
 def chat(system: str | None, **options: Any) -> None:
-    """Talk with a model. /exit or the end of input leaves, Ctrl-C stops an answer.
+    """Chat with a model. /exit or the end of input leaves, Ctrl-C stops an answer.
 
-    Where the input is no terminal, exits 1 if a line could not be answered.
+    If the input is not a terminal, exits with 1 if a line could not be answered.
     """
     session = open_session(**options)
     if not session.tokenizer.chat_template:
@@ -142,13 +140,13 @@ def chat(system: str | None, **options: Any) -> None:
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
             click.echo(" ...", nl=False)
-        except ValueError as error:  # the conversation has grown too long, or the template refuses it
+        except ValueError as error:  # the conversation has grown too long, or the template rejects it
             click.echo(f"llama: {error}", err=True)
             failed = True
         if pieces:
             messages.append({"role": "assistant", "content": "".join(pieces)})
         else:
-            messages.pop()  # what was not answered was not said
+            messages.pop()  # forget a message without an answer
         click.echo()
     if sys.stdin.isatty():
         click.echo()
@@ -158,23 +156,21 @@ def chat(system: str | None, **options: Any) -> None:
 
 @cli.command()
 @click.argument("model", default="smollm2")
-@click.option(
-    "--backend", type=click.Choice(["auto", "torch", "triton"]), default="auto", help="What is held against it."
-)
+@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), default="auto", help="The backend to check.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
     default="auto",
-    help="What it computes in; auto is the file's.",
+    help="The backend's dtype; auto is the file's.",
 )
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A text to run; more than one may be given.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A text to run; may be repeated.")
 @click.pass_context
 def verify(context: click.Context, model: str, backend: str, dtype: str, prompts: tuple[str, ...]) -> None:
-    """Hold a backend against the NumPy reference, layer by layer, on MODEL.
+    """Compare a backend with the NumPy reference, layer by layer, on MODEL.
 
-    Prints the largest error of each layer, and how many next tokens agree. Exits 1 where an error is beyond the budget
-    (relative to the layer's largest number: 1e-4 in float32, 3e-2 in float16, 0.25 in bfloat16), or where a next token
-    differs that was not nearly tied.
+    Prints the largest error of each layer, and how many next tokens agree. Exits with 1 if an error exceeds the budget
+    (relative to the layer's largest value: 1e-4 in float32, 3e-2 in float16, 0.25 in bfloat16), or if a next token
+    differs without being a near tie.
     """
     from .checkpoints import open_checkpoint
 
@@ -190,13 +186,13 @@ def verify(context: click.Context, model: str, backend: str, dtype: str, prompts
 
 @cli.command()
 @click.argument("model", default="smollm2")
-@click.option("--tokens", type=click.IntRange(1), help="What the cache is to hold.  [default: 4096, or the context]")
-@click.option("--batch", type=click.IntRange(1), default=1, help="In how many texts at once.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, with the whole configuration and plain bytes.")
+@click.option("--tokens", type=click.IntRange(1), help="Length of the cache.  [default: 4096, or the context]")
+@click.option("--batch", type=click.IntRange(1), default=1, help="Number of texts at once.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with the whole configuration and exact bytes.")
 def info(model: str, tokens: int | None, batch: int, as_json: bool) -> None:
-    """Say what MODEL is and what memory it takes to run, from its headers: no weights are read.
+    """Describe MODEL and the memory it needs to run, from its headers: no weights are read.
 
-    Nor are they downloaded of a model on the Hub that is in safetensors; in other formats they are.
+    Of a model on the Hub, safetensors weights are not downloaded either; other formats are.
     """
     from .checkpoints import open_checkpoint
     from .checkpoints.headers import headers_on_hub
@@ -219,28 +215,28 @@ def info(model: str, tokens: int | None, batch: int, as_json: bool) -> None:
     "--num_key_value_heads",
     type=int,
     metavar="K",
-    help="Make K key and value heads of those there are, each the mean of a group.",
+    help="Mean-pool the key and value heads to K.",
 )
-@click.option("--max-shard-size", "--max_shard_size", default="5GB", metavar="SIZE", help="Begin a new file there.")
-@click.option("--verify", is_flag=True, help="Read it all again and compare it bit by bit with the source.")
+@click.option("--max-shard-size", "--max_shard_size", default="5GB", metavar="SIZE", help="Maximum size of a file.")
+@click.option("--verify", is_flag=True, help="Read everything back and compare it bit for bit with the source.")
 @click.option("--force", is_flag=True, help="Replace another model in OUT, or one changed since.")
-@click.option("--revision", metavar="NAME", help="A branch, tag or commit, where WHERE is on the Hub.")
+@click.option("--revision", metavar="NAME", help="A branch, tag or commit, if WHERE is on the Hub.")
 @click.option("--input-dir", "--input_dir", metavar="DIR", help="WHERE, as transformers' script calls it.")
 @click.option("--output-dir", "--output_dir", metavar="DIR", help="OUT, as transformers' script calls it.")
 @click.option("--model-size", "--model_size", metavar="SIZE", help="7B, 70B ...: Meta's files are checked against it.")
 @click.option(
     "--llama-version", "--llama_version", metavar="VERSION",
-    help="1, 2, 3, 3.1, 3.2: checked too, and decides between those that the files may be.",
+    help="1, 2, 3, 3.1, 3.2: checked too, and decides where the files are ambiguous.",
 )  # fmt: skip
 @click.option(
     "--num-shards",
     "--num_shards",
     type=click.IntRange(1),
     metavar="N",
-    help="How many consolidated.NN.pth there must be; how many to write with --to meta.",
+    help="Expected number of consolidated.NN.pth; with --to meta, the number to write.",
 )
 @click.option(
-    "--instruct", is_flag=True, help="Meta's files are a Llama 3 to talk with; their folder's name may say so."
+    "--instruct", is_flag=True, help="Meta's files are an instruct Llama 3; by default, if their folder's name says so."
 )
 @click.option("--safe-serialization", "--safe_serialization", type=bool, is_flag=False, flag_value=True, hidden=True)
 def convert(
@@ -256,11 +252,10 @@ def convert(
     revision: str | None,
     **options: Any,
 ) -> None:
-    """Write the model at WHERE (MODEL, or a folder of Meta's files) into the folder OUT.
+    """Write the model at WHERE (a MODEL) into the folder OUT.
 
-    Only a tensor at a time is in memory, and dtypes stay as they are. What was interrupted goes on where it stopped
-    when it is run again, and what is finished is left as it is, with all that was edited in it. The line of
-    transformers' script works with `llama convert` in front:
+    Only one tensor at a time is in memory, and dtypes are kept. Run again, an interrupted conversion resumes where it
+    stopped, and a finished one is left alone, edits included. The arguments of transformers' script work too:
 
         llama convert --input_dir DIR --model_size 7B --output_dir OUT
     """
@@ -269,10 +264,10 @@ def convert(
     from .checkpoints.meta import MetaFolder
 
     if safe_serialization is False:
-        raise click.UsageError("safetensors are all that is written; leave --safe-serialization out")
+        raise click.UsageError("only safetensors can be written; leave --safe-serialization out")
     places = [place for place in (input_dir, where, out, output_dir) if place is not None]
     if len(places) != 2:
-        raise click.UsageError("give WHERE and OUT, or --input-dir and --output-dir: one place to read, one to write")
+        raise click.UsageError("give WHERE and OUT, or --input-dir and --output-dir: one path to read, one to write")
     facts: dict[str, Any] = {"model_size": model_size, "llama_version": llama_version, "instruct": instruct or None}
     if options["to"] == "meta":
         options["num_shards"] = num_shards or 1
@@ -284,27 +279,27 @@ def convert(
     try:
         click.echo(convert(source, places[1], **options))
     except KeyboardInterrupt:
-        click.echo("llama: interrupted; the same command goes on where this one stopped", err=True)
+        click.echo("llama: interrupted; run the same command again to resume", err=True)
         sys.exit(130)
 
 
 @cli.group()
 def bench() -> None:
-    """Measure kernels and whole models, and make a page of the results."""
+    """Measure kernels and whole models, and report the results on a page."""
 
 
 @bench.command()
 @click.option(
     "--target", "targets", multiple=True, metavar="GPU", help="sm_80, sm_89, sm_90, sm_100, gfx942; default: all."
 )
-@click.option("--kernel", metavar="NAME", help="This kernel alone, as flash_attention.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with everything that was found.")
+@click.option("--kernel", metavar="NAME", help="Only this kernel, such as flash_attention.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, with all facts.")
 @click.pass_context
 def static(context: click.Context, targets: tuple[str, ...], kernel: str | None, as_json: bool) -> None:
-    """Compile every kernel in every configuration for GPUs that need not be there, and look at the machine code.
+    """Compile every kernel in every configuration for GPUs that need not be present, and inspect the machine code.
 
-    Prints registers, spills, shared memory and the matrix instruction of each. Exits 1 where one has a problem: a
-    spill, too much shared memory, double precision, no matrix instruction or no load of 128 bits where there could be.
+    Prints registers, spills, shared memory and the matrix instruction of each. Exits with 1 if one has a problem: a
+    spill, too much shared memory, double precision, or no matrix instruction or 128-bit load where one is possible.
     """
     try:
         from . import static
@@ -315,7 +310,7 @@ def static(context: click.Context, targets: tuple[str, ...], kernel: str | None,
     names = [name for given in targets for name in given.split(",")] or list(static.TARGETS)
     for name in names:
         if name not in static.TARGETS:
-            raise click.UsageError(f"no target is called {name!r}; there are {', '.join(static.TARGETS)}")
+            raise click.UsageError(f"unknown target {name!r}; choose from {', '.join(static.TARGETS)}")
     try:
         work = static.work(names, kernel)
     except static.UnknownKernel as error:
@@ -332,29 +327,29 @@ def static(context: click.Context, targets: tuple[str, ...], kernel: str | None,
 @click.option("--op", "ops", metavar="NAMES", help="rms_norm, flash_attention ...; default: all.")
 @click.option("--dtype", "dtypes", metavar="NAMES", help="float32, float16, bfloat16; default: bfloat16, CPU: float32.")
 @click.option(
-    "--model", "models", metavar="NAMES", help="7b, 8b, 70b, 135m: whose widths; default: 7b,8b,70b, CPU: 135m."
+    "--model", "models", metavar="NAMES", help="7b, 8b, 70b, 135m: whose shapes; default: 7b,8b,70b, CPU: 135m."
 )
-@click.option("--tokens", metavar="NUMBERS", help="Tokens of a row; for decode attention those in the cache.")
+@click.option("--tokens", metavar="NUMBERS", help="Tokens per row; for decode attention, tokens in the cache.")
 @click.option("--batch", metavar="NUMBERS", help="Rows.")
 @click.option(
     "--peers", metavar="NAMES",
-    help="eager, compile, fused, sdpa (or sdpa-flash ...), liger, flash-attn; default: those that are installed.",
+    help="eager, compile, fused, sdpa (or sdpa-flash ...), liger, flash-attn; default: those installed.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Few shapes: about a minute on a GPU.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is a GPU if there is one.")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines, the first of them the header.")
-@click.option("--out", metavar="FILE", help="Keep the rows as JSON lines; in a folder, as <device>/kernels.jsonl.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, the first of them the header.")
+@click.option("--out", metavar="FILE", help="Save the rows as JSON lines; in a folder, as <device>/kernels.jsonl.")
 @click.pass_context
 def kernels(context: click.Context, tokens: str | None, batch: str | None, quick: bool, device: str, as_json: bool,
             out: str | None, **lists: str | None) -> None:  # fmt: skip
-    """Time every kernel at Llama's shapes beside its peers, and beside what the device allows.
+    """Time every kernel at Llama's shapes, and compare it with its peers and with the device's limits.
 
-    Norms, RoPE, SwiGLU, cross-entropy and decode attention are bound by memory: read GB/s. Prefill attention and linear
-    cross-entropy are bound by arithmetic: read TFLOP/s. "of limit" compares with a copy and a matrix product, measured
-    at the start; "ratio" says how many times as long a peer takes as we do; "error" is that against float64, over the
-    largest number. A provider that does not compute the same is reported and not timed, and the exit code is then 1.
+    Norms, RoPE, SwiGLU, cross-entropy and decode attention are memory-bound: read GB/s. Prefill attention and linear
+    cross-entropy are compute-bound: read TFLOP/s. "of limit" compares with a copy and a matrix product, measured at the
+    start; "ratio" is a peer's time divided by ours; "error" is the error against float64, divided by the largest value.
+    A provider whose results differ is reported but not timed, and the exit code is then 1.
 
-    Without a GPU the Triton kernels do not run, and our PyTorch path is timed in their place, at a few small shapes.
+    Without a GPU the Triton kernels do not run: our PyTorch path is timed instead, at a few small shapes.
     """
     harness, bench = benchmarks("harness"), benchmarks("kernels")
     chosen = {key: names(text) or [] for key, text in lists.items()}
@@ -385,37 +380,36 @@ def kernels(context: click.Context, tokens: str | None, batch: str | None, quick
 
 @bench.command()
 @click.argument("where", default="smollm2")
-@click.option("--backend", type=BACKENDS, default="auto", help="What computes our side.")
+@click.option("--backend", type=BACKENDS, default="auto", help="The backend on our side.")
 @click.option(
     "--peers", metavar="NAMES",
-    help="transformers, llama.cpp, transformers-generate, transformers-compiled; default: of the first two those that "
-    "are installed.",
+    help="transformers, llama.cpp, transformers-generate, transformers-compiled; default: the first two, if installed.",
 )  # fmt: skip
 @click.option(
-    "--decoding", metavar="NAMES", help="plain, static, graph: also write with our generate, decoding in these ways."
+    "--decoding", metavar="NAMES", help="plain, static, graph: also time our generate with these decoding modes."
 )
-@click.option("--prompt", metavar="NUMBERS", help="Lengths of the prompts to read.  [default: 512,4096]")
-@click.option("--new", type=click.IntRange(0), default=128, help="How many tokens to write; 0 leaves writing out.")
-@click.option("--batch", metavar="NUMBERS", help="How many texts at once.  [default: 1,8,32]")
+@click.option("--prompt", metavar="NUMBERS", help="Lengths of the prompts.  [default: 512,4096]")
+@click.option("--new", type=click.IntRange(0), default=128, help="Number of tokens to generate; 0 skips generation.")
+@click.option("--batch", metavar="NUMBERS", help="Number of texts at once.  [default: 1,8,32]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", help="auto is the file's."
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is a GPU if there is one.")
-@click.option("--runs", type=click.IntRange(1), default=5, help="Turns of each provider.")
-@click.option("--threads", type=click.IntRange(1), help="Of a CPU; default: as many as PyTorch takes.")
-@click.option("--memory/--no-memory", default=True, help="Peak memory, on a CPU by a process for each line.")
+@click.option("--runs", type=click.IntRange(1), default=5, help="Number of timed runs of each provider.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: PyTorch's choice.")
+@click.option("--memory/--no-memory", default=True, help="Peak memory, on a CPU with a process for each row.")
 @click.option("--format", "form", type=click.Choice(["md", "csv", "json"]), default="md", help="How rows are printed.")
-@click.option("--out", metavar="FILE", help="Keep the rows as JSON lines; in a folder, as <device>/model.jsonl.")
+@click.option("--out", metavar="FILE", help="Save the rows as JSON lines; in a folder, as <device>/model.jsonl.")
 def model(where: str, peers: str | None, decoding: str | None, prompt: str | None, batch: str | None, form: str,
           out: str | None, **options: Any) -> None:  # fmt: skip
-    """Time the model WHERE as a whole, beside transformers and llama.cpp, turn by turn.
+    """Time the whole model WHERE against transformers and llama.cpp, in alternating runs.
 
-    pp512 reads a prompt of 512 tokens, tg128 writes 128 tokens, as llama-bench calls them. All providers are first
-    checked to compute the same. "of floor" is how near each comes to what this machine's memory or arithmetic allows,
-    measured in the same turns; "theirs / ours" says how many times as long it takes as we do.
+    As in llama-bench, pp512 reads a prompt of 512 tokens and tg128 generates 128 tokens. All providers are first
+    checked to give the same results. "of floor" is how close each comes to the limit of this machine's memory or
+    arithmetic, measured in the same runs; "theirs / ours" is a provider's time divided by ours.
 
     "llama" and "transformers" are bare loops over forward. --decoding, transformers-generate and transformers-compiled
-    (its generate with a static cache, through torch.compile) write with a whole generate.
+    (its generate with a static cache, through torch.compile) call a complete generate.
     """
     generation = benchmarks("generation")
     harness = benchmarks("harness")
@@ -429,12 +423,12 @@ def model(where: str, peers: str | None, decoding: str | None, prompt: str | Non
         **options,
     )
     try:
-        first = next(rows, None)  # what goes wrong does so before the file is touched
+        first = next(rows, None)  # so that errors come before the file is touched
     except harness.NotHere as error:
         raise click.UsageError(str(error)) from error
     if first is None:
-        raise ValueError("nothing was measured, for all of it was left out; --prompt and --batch together choose tests")
-    header = harness.header(command_line(), gpu=first["threads"] is None)  # with the clocks of a device at work
+        raise ValueError("nothing was measured: every test was left out; --prompt and --batch choose the tests")
+    header = harness.header(command_line(), gpu=first["threads"] is None)  # with the clocks of a busy device
     with harness.lines_to(Path(out) if out else None, "model", header) as keep:
 
         def kept() -> Iterator[dict[str, Any]]:
@@ -447,11 +441,11 @@ def model(where: str, peers: str | None, decoding: str | None, prompt: str | Non
 
 
 @bench.command()
-@click.option("--results", multiple=True, metavar="DIR", help="Where results lie; default: those of this repository.")
+@click.option("--results", multiple=True, metavar="DIR", help="A folder of results; default: those of this repository.")
 @click.option("--out", default="report.html", metavar="FILE", help="The page to write.")
-@click.option("--pictures", is_flag=True, help="Also write each picture beside its results, light and dark.")
+@click.option("--pictures", is_flag=True, help="Also write each picture next to its results, light and dark.")
 def report(results: tuple[str, ...], out: str, pictures: bool) -> None:
-    """Make one page of HTML of all results: tables and pictures, with nothing to load from elsewhere.
+    """Make one self-contained HTML page of all results, with tables and pictures.
 
     Prints the path of the page.
     """
@@ -460,7 +454,7 @@ def report(results: tuple[str, ...], out: str, pictures: bool) -> None:
 
 
 def benchmarks(module: str) -> Any:
-    """A module of the benchmarks, which need more than the core."""
+    """Import a module of the benchmarks, which have more dependencies than the core."""
     try:
         return importlib.import_module(f"llama.benchmarks.{module}")
     except ModuleNotFoundError as error:
@@ -472,12 +466,12 @@ def command_line() -> str:
 
 
 def names(text: str | None) -> list[str] | None:
-    """The names of "a,b"."""
+    """Parse names like "a,b"."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:
-    """The numbers of "1,8,32"."""
+    """Parse numbers like "1,8,32"."""
     if text is None:
         return None
     parts = text.split(",")
@@ -497,24 +491,24 @@ def open_session(model: str, backend: str, max_new_tokens: int, **sampling: Any)
     if sampling["temperature"] == 0:
         idle = [n for n, neutral in (("top_k", None), ("top_p", 1.0), ("min_p", 0.0)) if sampling[n] != neutral]
         if idle:
-            raise click.UsageError(f"--{idle[0].replace('_', '-')} needs --temperature above 0: 0 draws nothing")
+            raise click.UsageError(f"--{idle[0].replace('_', '-')} needs --temperature above 0: 0 does not sample")
     return Session(model, backend, max_new_tokens, Sampler(**sampling))
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend become a sentence and exit code 1 (usage: 2)."""
+    """Run the command line; errors that a user can fix become a one-line message and exit code 1 (usage errors: 2)."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+            stream.reconfigure(errors="replace")  # for characters that the terminal cannot encode
     warnings.showwarning = lambda message, *_: click.echo(f"llama: {message}", err=True)
     try:
         cli(prog_name="llama")
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         said = str(error) or type(error).__name__
-        if isinstance(error, RuntimeError):  # PyTorch's, as of a GPU that is full, go on for many lines
+        if isinstance(error, RuntimeError):  # PyTorch's, such as CUDA out of memory, have many lines
             said = said.splitlines()[0]
         if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
             said = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)

@@ -16,7 +16,7 @@ from .checkpoints.where import hub_options
 if TYPE_CHECKING:
     import torch
 
-# What every configuration of transformers has beside the model's numbers; a file names them where they differ.
+# Settings that every transformers configuration has; a file contains those that differ from these defaults.
 GENERAL = {
     "architectures": None,
     "attn_implementation": None,
@@ -32,26 +32,26 @@ ATTENTION = (None, "eager", "sdpa")
 
 
 class LlamaConfig:
-    """The numbers that make a LLaMA: transformers' `LlamaConfig` in the spellings of 4.x and 5.x.
+    """The configuration of a LLaMA model: transformers' `LlamaConfig`, in the spellings of both 4.x and 5.x.
 
     The arguments, their order and their defaults (those of LLaMA 7B) are transformers 4.x's. RoPE may be given as
     `rope_theta` and `rope_scaling` (4.x) or as `rope_parameters` (5.x), the dtype as `torch_dtype` or `dtype`; each can
     be read and set under either name, since they are views of one state. Any other keyword is kept as an attribute and
-    written to the file, except one that is nearly a field's name, which is a slip.
+    written to the file, except a near miss of a field's name, which is rejected as a typo.
 
     Args:
         num_key_value_heads: None becomes `num_attention_heads`.
         head_dim: None becomes `hidden_size // num_attention_heads`.
         hidden_act: a name that transformers knows, or a function of a tensor, which cannot be saved.
-        pretraining_tp: kept for old files. Splitting the products gives the same numbers, so nothing is split.
+        pretraining_tp: accepted for old files, without effect: slicing the products would give the same result.
 
     Raises:
-        ValueError: a value that cannot work; the message names the field. Checked again when a model is built.
+        ValueError: a value is invalid; the message names the field. Checked again when a model is built.
     """
 
     model_type = "llama"
     attribute_map: ClassVar[dict[str, str]] = {}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # a list, for the Trainer adds to it
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # a list: Trainer adds to it
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class LlamaConfig:
         rope["original_max_position_embeddings"] = kwargs.get("original_max_position_embeddings")
         rope["partial_rotary_factor"] = kwargs.get("partial_rotary_factor")
         kind = kwargs.pop("model_type", None)
-        if kind not in (None, "llama", self.model_type):  # a subclass has a name of its own
+        if kind not in (None, "llama", self.model_type):  # a subclass may have its own
             raise ValueError(f"model_type is {kind!r}; only {self.model_type!r} models can be read")
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         self._dtype = _dtype_name(torch_dtype if dtype is None else dtype)
@@ -98,13 +98,13 @@ class LlamaConfig:
             setattr(self, name, value)
         self._check_general()
         known = {"model_type": None if kind is None else "llama"}
-        checked = reference.Config.from_dict(kwargs | self._numbers() | rope | known)  # names slips among kwargs too
+        checked = reference.Config.from_dict(kwargs | self._numbers() | rope | known)  # also rejects typos in kwargs
         self.num_key_value_heads, self.head_dim = checked.num_key_value_heads, checked.head_dim
-        self.pretraining_tp, self.attention_dropout = checked.pretraining_tp, checked.attention_dropout  # null is none
+        self.pretraining_tp, self.attention_dropout = checked.pretraining_tp, checked.attention_dropout  # for null
         self._rope = checked.rope_parameters
 
     if TYPE_CHECKING:
-        # the arguments, and whatever else a file says
+        # the arguments, and any other field of a file
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
@@ -116,7 +116,7 @@ class LlamaConfig:
         return checked
 
     def _numbers(self) -> dict[str, Any]:
-        """What the reference knows too, RoPE aside."""
+        """The fields that the reference has too, except RoPE."""
         names = [field.name for field in fields(reference.Config) if field.name != "rope_parameters"]
         numbers = {name: getattr(self, name) for name in names}
         return numbers | {"hidden_act": "silu"} if callable(self.hidden_act) else numbers
@@ -127,14 +127,14 @@ class LlamaConfig:
         if self.attn_implementation not in ATTENTION:
             raise ValueError(
                 f"attn_implementation must be one of {ATTENTION}, got {self.attn_implementation!r}; "
-                "which kernels compute is chosen by `backend`"
+                "the kernels are chosen by `backend`"
             )
 
     # -- RoPE: one state, three names ---------------------------------------------------------------------------------
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """transformers 5's form: `rope_type`, `rope_theta` and what the type needs, defaults filled in."""
+        """transformers 5's form: `rope_type`, `rope_theta` and the type's parameters, with defaults filled in."""
         return self._rope
 
     @rope_parameters.setter
@@ -143,7 +143,7 @@ class LlamaConfig:
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
-        """transformers 4's form: None, or `rope_type` and what it needs."""
+        """transformers 4's form: None, or `rope_type` and its parameters."""
         if self._rope["rope_type"] == "default":
             return None
         return {key: value for key, value in self._rope.items() if key != "rope_theta"}
@@ -180,9 +180,9 @@ class LlamaConfig:
                 raise ValueError(f"num_labels must be a positive integer, got {num_labels!r}")
             id2label = {i: f"LABEL_{i}" for i in range(count)}
         elif num_labels is not None and num_labels != len(id2label):
-            raise ValueError(f"num_labels is {num_labels} and id2label names {len(id2label)}; give one of them")
+            raise ValueError(f"num_labels is {num_labels}, but id2label has {len(id2label)}; pass only one of them")
         if not isinstance(id2label, dict) or not all(str(number).isdecimal() for number in id2label):
-            raise ValueError(f"id2label must be a dictionary from numbers to names, got {id2label!r}")
+            raise ValueError(f"id2label must be a dictionary from integers to names, got {id2label!r}")
         self.id2label = {int(number): label for number, label in id2label.items()}
         self.label2id = label2id or {label: number for number, label in self.id2label.items()}
 
@@ -198,7 +198,7 @@ class LlamaConfig:
 
     torch_dtype = dtype
 
-    # -- what libraries ask a configuration ---------------------------------------------------------------------------
+    # -- what libraries expect of a configuration ---------------------------------------------------------------------
 
     @property
     def use_return_dict(self) -> bool:
@@ -221,7 +221,7 @@ class LlamaConfig:
         self.name_or_path = value
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "LlamaConfig":
-        """The configuration itself: there is only text here."""
+        """The configuration itself: the model is text-only."""
         return self
 
     def update(self, values: dict[str, Any]) -> None:
@@ -229,18 +229,18 @@ class LlamaConfig:
         for name, value in values.items():
             setattr(self, name, value)
 
-    # -- in and out ---------------------------------------------------------------------------------------------------
+    # -- loading and saving -------------------------------------------------------------------------------------------
 
     def _plain(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, RoPE in both spellings, ready for JSON (the dtype as its name)."""
+        """All settings, with RoPE in both spellings, ready for JSON (the dtype by name)."""
         data = copy.deepcopy(self._plain())
         rope = copy.deepcopy(self._rope)
         scaling = copy.deepcopy(self.rope_scaling)
         if scaling and "factor" in scaling:
-            scaling["factor"] = float(scaling["factor"])  # 4.x warns of an integer
+            scaling["factor"] = float(scaling["factor"])  # 4.x warns about an integer
         data |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
         name = "original_max_position_embeddings"
         if name in rope and (name in data or rope["rope_type"] == "longrope"):  # where 4.x looks for it
@@ -248,11 +248,11 @@ class LlamaConfig:
         return data | {"model_type": self.model_type, "torch_dtype": self._dtype, "num_labels": self.num_labels}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: the model's own numbers, and of the general settings those that differ."""
+        """The contents of config.json: the model's own settings, and the general ones that are not defaults."""
         data = self.to_dict()
         if data["id2label"] == {0: "LABEL_0", 1: "LABEL_1"}:
             del data["id2label"], data["label2id"]
-        del data["num_labels"]  # id2label says it
+        del data["num_labels"]  # implied by id2label
         del data["name_or_path"]  # where it came from, not what it is
         general = GENERAL | {"torch_dtype": None, "pad_token_id": None}
         return {key: value for key, value in data.items() if key not in general or value != general[key]}
@@ -267,20 +267,20 @@ class LlamaConfig:
 
     def _writable(self, data: dict[str, Any]) -> dict[str, Any]:
         if callable(data["hidden_act"]):
-            raise ValueError("hidden_act is a function, which JSON cannot hold; give the name of one to save the model")
+            raise ValueError("hidden_act is a function, which JSON cannot hold; use an activation's name to save it")
         return _string_keys(data)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json, which transformers 4.46 and 5.x both read with RoPE intact."""
         if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub is not there; save the folder and upload it with huggingface_hub")
+            raise ValueError("push_to_hub is not supported; save a folder and upload it with huggingface_hub")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / "config.json")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A configuration from a dictionary. Keywords override what it has as an attribute; others are not used."""
+        """A configuration from a dictionary. Keywords that name its attributes override them; others are unused."""
         if not isinstance(config_dict, dict):
             raise ValueError(f"config_dict must be a dictionary, got {type(config_dict).__name__}")
         config = cls(**config_dict)
@@ -298,11 +298,11 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, return_unused_kwargs: bool = False, **kwargs: Any):
-        """The configuration of the model at a folder, a `.gguf` file, an alias or a Hugging Face id, of which only
-        that is downloaded; or of a config.json itself.
+        """Load the configuration from a folder, a `.gguf` file, an alias, a config.json or a Hugging Face id, of which
+        nothing else is downloaded.
 
         Args:
-            kwargs: fields that take the place of the file's; and for the Hub `revision`, `token`, `cache_dir`,
+            kwargs: fields that override the file's; and for the Hub `revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`, `subfolder`, `gguf_file`.
         """
         where, hub = pretrained_model_name_or_path, hub_options(kwargs)
@@ -329,5 +329,5 @@ def _dtype_name(dtype: "str | torch.dtype | None") -> str | None:
 
 
 def _string_keys(data: dict[str, Any]) -> dict[str, Any]:
-    """JSON's keys are strings; sorting a mix would fail."""
+    """Make id2label's keys strings, as in JSON; sorting a mix would fail."""
     return {key: {str(k): v for k, v in value.items()} if key == "id2label" else value for key, value in data.items()}

@@ -1,12 +1,12 @@
-"""A step of decoding of one fixed shape: one token per row, read, turned into the next one, and written down.
+"""Decoding in steps of fixed shape: each step reads one token per row, chooses the next and stores it.
 
-What a step needs lies in buffers that stay where they are: token, place, cache, text, who is still writing. So steps
-can follow each other without the host, which looks at the buffers now and then; and on a GPU a step can be recorded
-once, as a CUDA graph, and replayed. The step itself is written once. `decoding="static"` runs it as it is, on any
-device; `decoding="graph"` replays it.
+All state is in buffers at fixed addresses: token, position, cache, text, which rows are unfinished. So steps can run
+back to back while the host only checks the buffers now and then, and on a GPU a step can be captured once, as a CUDA
+graph, and replayed. Both use the same code: `decoding="static"` runs the step itself, on any device;
+`decoding="graph"` replays it.
 
-Experimental: the graph has never run on a GPU. What a recording demands of the step (the same addresses, no waiting for
-the device, nothing decided in Python) is tested without one.
+Experimental: the graph has never run on a GPU. What capture requires of the step (fixed addresses, no device
+synchronisation, no decisions in Python) is tested without one.
 """
 
 import weakref
@@ -22,10 +22,10 @@ from .cache import Cache
 from .generation import mixin, processors
 from .generation.stopping import EosTokenCriteria
 
-STEPS = 16  # between two looks of the host at whether all rows are done
-ROOM = 256  # caches are made for a multiple of so many tokens, so that texts of like lengths share one
-GRAPHS = 8  # a decoder keeps so many recordings: one for each way of sampling, with padding or without
-# What looks at the scores alone; the others want the text, or its length, which a recording would not see change.
+STEPS = 16  # between the host's checks whether all rows are done
+ROOM = 256  # capacities are rounded up to a multiple of this many tokens, so that texts of similar length share a cache
+GRAPHS = 8  # recordings kept per decoder: one for each way of sampling, with padding or without
+# Those that use the scores only; others need the text, or its length, whose changes a recording would not see.
 SCORE_PROCESSORS = (
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
@@ -58,7 +58,7 @@ class Layer(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that a step computes with. It holds tensors and not the model, which may go, and the plan with it."""
+    """Everything a step computes with: the weights, not the model, which it does not keep alive."""
 
     embedding: torch.Tensor
     layers: list[Layer]
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     backend: str
 
     def baked(self) -> list[Any]:
-        """What a recording has taken from the plan for good: where the weights lie, and the numbers."""
+        """What a recording bakes in: the weights' addresses, dtypes and shapes, and the scalars."""
         parts = [part for layer in self.layers for pair in layer for part in pair]
         parts += [self.embedding, *self.norm, *self.head, self.rotary.inv_freq, self.rotary.attention_scaling]
         whole = [(one.data_ptr(), one.dtype, one.shape) if isinstance(one, torch.Tensor) else one for one in parts]
@@ -77,48 +77,48 @@ class Plan(NamedTuple):
 
 
 def takes(run: "mixin.Run", drafts: bool = False) -> bool:
-    """Whether this run is decoded here. "auto" leaves to the plain loop what does not fit, and whatever has no GPU.
+    """Whether this run is decoded here. "auto" leaves runs that do not fit, or are not on a GPU, to the plain loop.
 
     Raises:
-        ValueError: "static" or "graph" was asked for, and something about the run does not fit.
+        ValueError: "static" or "graph" was requested, and the run does not fit.
     """
     if run.decoding == "plain":
         return False
-    reason = "leave out the drafting" if drafts else refusal(run)
+    reason = "leave out assistant_model and prompt_lookup_num_tokens" if drafts else refusal(run)
     on_gpu = run.ids.device.type == "cuda"
     if run.decoding == "auto":
         return on_gpu and reason is None
     if reason is not None:
-        raise ValueError(f'decoding="{run.decoding}" cannot take this: {reason}, or use decoding="plain"')
+        raise ValueError(f'decoding="{run.decoding}" does not support this: {reason}, or use decoding="plain"')
     if run.decoding == "graph" and not on_gpu:
         raise ValueError('decoding="graph" needs a GPU; decoding="static" runs the same steps on any device')
     return True
 
 
 def refusal(run: "mixin.Run") -> str | None:
-    """What would have to change for this run to be decoded in fixed steps; None: nothing."""
+    """What must change for this run to be decoded in fixed-shape steps, or None if it fits."""
     cache, config = run.reader.cache, run.config
     ends_only = all(type(criterion) is EosTokenCriteria for criterion in run.criteria)
     if config.num_beams > 1:
         return "set num_beams=1"
     if not isinstance(cache, Cache):
-        return "leave use_cache on, with a cache of llama's own"
+        return "leave use_cache on, with one of llama's own caches"
     if run.record:
-        return "ask for no scores, logits, attentions or hidden states"
+        return "request no scores, logits, attentions or hidden states"
     if not ends_only or bool(run.criteria) != (run.ends is not None):
-        return "let end tokens and the length alone stop it"
+        return "use no stopping criteria but end tokens and the length"
     if not all(type(one) in SCORE_PROCESSORS for one in run.processors):
         known = ", ".join(kind.__name__ for kind in SCORE_PROCESSORS)
         return f"use no logits processors but {known}"
     if torch.is_autocast_enabled(run.ids.device.type):
-        return "leave autocast"
+        return "turn off autocast"
     plain = plan(run.model) is not None and not run.reader.prepares
-    return None if plain else "see that the model is a plain LlamaForCausalLM in eval mode"
+    return None if plain else "use a plain LlamaForCausalLM in eval mode"
 
 
 def plan(model: Any) -> Plan | None:
-    """The weights of a plain model. None where a module does anything beyond its class's own forward (an adapter, a
-    hook, a quantised linear), for a recording would leave that out; or a weight is more than its numbers."""
+    """The weights of a plain model. None if a recording would miss what a module does beyond its class's own forward
+    (an adapter, a hook, a quantised linear) or the model otherwise does not fit (tensor subclasses, mixed dtypes)."""
     body: Any = getattr(model, "model", None)
     if type(model) is not modeling.LlamaForCausalLM or type(body) is not modeling.LlamaModel or model.training:
         return None
@@ -168,12 +168,12 @@ def _linear(module: nn.Linear) -> Linear:
 
 
 class State(NamedTuple):
-    """What a step reads and writes, for B rows and a room of S tokens. It makes nothing else that outlasts it.
+    """The buffers that a step reads and writes, for B rows and S tokens; nothing else outlasts the step.
 
-    token: (B,), to be read. position: (B, 1), the angle it is turned by. place: (1,), where in the cache it goes.
-    mask: (B, S) bool, False where there is padding. keys, values: of each layer (B, K, S, D).
-    text: (B, S), the token that was chosen at each place. ends, pad: (n,) and (1,).
-    writing: (B,) bool, whose end has not come. steps: (1,), those that somebody was still writing in.
+    token: (B,), the next to read. position: (B, 1), its RoPE position. place: (1,), its index in the cache.
+    mask: (B, S) bool, False at padding. keys, values: (B, K, S, D) per layer.
+    text: (B, S), the token chosen at each index. ends, pad: (n,) and (1,), the end tokens and the padding token.
+    writing: (B,) bool, the unfinished rows. steps: (1,), the number of steps in which any row was unfinished.
     """
 
     token: torch.Tensor
@@ -195,7 +195,7 @@ def new_state(plan: Plan, rows: int, room: int, ends: int) -> State:
     def whole(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def caches(weight: torch.Tensor) -> torch.Tensor:  # zeros: PyTorch multiplies what it does not look at by 0
+    def caches(weight: torch.Tensor) -> torch.Tensor:  # zeros: PyTorch multiplies masked entries by 0
         shape = (rows, len(weight) // plan.head_dim, room, plan.head_dim)
         return torch.zeros(shape, dtype=weight.dtype, device=device)
 
@@ -208,9 +208,9 @@ def new_state(plan: Plan, rows: int, room: int, ends: int) -> State:
 
 
 def step(plan: Plan, state: State, choose: Callable[[torch.Tensor], torch.Tensor], padded: bool = True) -> None:
-    """Read `state.token` and choose the next, (B, V) scores to (B,) by `choose`: all in place, in `state`.
+    """Read `state.token` and choose the next, in place in `state`. `choose` maps (B, V) scores to (B,) tokens.
 
-    padded: whether `state.mask` hides anything. Where it does not, attention is quicker without it.
+    padded: whether `state.mask` masks anything. If not, attention is faster without it.
     """
     B, backend = len(state.token), plan.backend
     x = F.embedding(state.token[:, None], plan.embedding)
@@ -246,11 +246,11 @@ def _products(x: torch.Tensor, linears: tuple[Linear, ...], backend: str) -> lis
 
 
 class Chooser:
-    """From logits (B, V) to tokens (B,), as `Run.choose` does, but never waiting for the device as torch.multinomial.
+    """Maps logits (B, V) to tokens (B,) as `Run.choose` does, without torch.multinomial's device synchronisation.
 
-    A draw is the same one: the largest of p / e, the e exponentially distributed. They come from PyTorch's default
-    generator, B · V of them a step, also in steps that come after the last end. And as nobody waits, nobody is told of
-    scores that are no numbers (NaN), of which torch.multinomial would raise: what is drawn then means nothing.
+    Sampling is torch.multinomial's: the argmax of p / e, with e exponentially distributed. The e come from PyTorch's
+    default generator, B · V per step, including steps after the last row has finished. Without synchronisation NaN
+    scores, for which torch.multinomial raises, go unnoticed, and the tokens drawn from them are meaningless.
     """
 
     def __init__(self, run: "mixin.Run") -> None:
@@ -266,27 +266,25 @@ class Chooser:
 
 
 class Decoder:
-    """A state, and the steps recorded on it. A model's last one is kept, and lent to one run at a time.
+    """A state, and the steps recorded on it. Each model's last one is kept, and lent to one run at a time.
 
-    It does not hold the weights: they may move, and the recordings are then made anew.
+    It does not hold the weights; if they move, a new decoder replaces it.
     """
 
     def __init__(self, plan: Plan, rows: int, room: int, ends: int) -> None:
-        with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside of it
             self.state = new_state(plan, rows, room, ends)
         self.baked = plan.baked()
         self.replays: dict[Any, Callable[[], None]] = {}
 
     def fits(self, plan: Plan, rows: int, room: int, ends: int) -> bool:
-        """Whether a new one would be the same. More room would do, but attention sums by it, and rounds otherwise."""
+        """Whether a new one would be the same. A larger one would work, but change attention's summation order."""
         state = self.state
         return state.text.shape == (rows, room) and len(state.ends) == ends and self.baked == plan.baked()
 
     def replay(self, plan: Plan, choose: Chooser, record: bool, padded: bool = True) -> Callable[[], None]:
-        """What makes a step: a recording, made at the first call for this way of choosing, with padding or without; or
-        the step itself.
-
-        Recording runs steps, so it comes before `load`.
+        """A function that runs a step: a recording, made at the first call for this `choose.key` and `padded`, or the
+        step itself. Recording runs steps, so call this before `load`.
         """
 
         def once() -> None:
@@ -296,14 +294,14 @@ class Decoder:
             return once
         key = (choose.key, padded)
         if key not in self.replays:
-            self.state.place.zero_()  # so that there is room for what recording runs
+            self.state.place.zero_()  # room for the steps that recording runs
             if len(self.replays) == GRAPHS:
                 del self.replays[next(iter(self.replays))]
             self.replays[key] = recorded(once, self.state.token.device)
         return self.replays[key]
 
     def load(self, run: "mixin.Run") -> None:
-        """Take over where `run`, which has read its prompt and chosen one token, stands."""
+        """Take over from `run`, which has read its prompt and chosen one token."""
         reader, state = run.reader, self.state
         cache, past = reader.cache, reader.length
         assert isinstance(cache, Cache)
@@ -326,16 +324,16 @@ class Decoder:
                 buffer[:, :, :past] = old
 
     def give_back(self, cache: Cache, past: int, steps: int) -> None:
-        """Append to `cache`, of `past` tokens, those that `steps` steps have read."""
+        """Append the tokens read in `steps` steps to `cache`, which holds `past` tokens."""
         for index, (keys, values) in enumerate(zip(self.state.keys, self.state.values, strict=True)):
             cache.update(keys[:, :, past : past + steps], values[:, :, past : past + steps], index)
 
 
 def recorded(once: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`once` as a CUDA graph. It runs three times before, for what kernels and libraries set up at their first call.
+    """`once` as a CUDA graph, after three warm-up runs for what kernels and libraries set up at their first call.
 
-    In inference mode the generator's own tensors would be made such that no replay outside of it could advance them.
-    Other threads may go on meanwhile, whatever they ask of the GPU.
+    Not in inference mode, in which the generator's state would become inference tensors that replays outside of it
+    cannot advance. Other threads may use the GPU meanwhile.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng([device]), torch.cuda.device(device):
         aside = torch.cuda.Stream()
@@ -351,7 +349,7 @@ def recorded(once: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 def _ends(run: "mixin.Run") -> torch.Tensor:
-    """The end tokens; -1, which is no token, for none."""
+    """The end tokens, or -1, which is no token, if there are none."""
     ends = [criterion.eos_token_id for criterion in run.criteria]
     return torch.cat(ends) if ends else torch.tensor([-1])
 
@@ -360,15 +358,15 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictio
 
 
 def release(model: nn.Module) -> None:
-    """Give up the cache and the recordings that are kept for `model`; the next run makes new ones."""
+    """Free the cache and the recordings kept for `model`; the next run makes new ones."""
     _decoders.pop(model, None)
 
 
 def write(run: "mixin.Run", watched: bool = True) -> Iterator[torch.Tensor]:
-    """As `mixin.write`, for a run that `takes` has taken: yields each step's (B,) tokens.
+    """As `mixin.write`, for a run that `takes` accepted: yields each step's (B,) tokens.
 
-    The prompt is read, and the first token chosen, by the plain loop. After that the host waits once in STEPS steps; or
-    once a step where somebody watches, and wants each token as soon as it is there.
+    The plain loop reads the prompt and chooses the first token. After that the host synchronises every STEPS steps or,
+    if `watched`, every step, so that each token is available at once.
     """
     yield next(mixin.write(run))
     if run.length == run.limit:
@@ -379,21 +377,21 @@ def write(run: "mixin.Run", watched: bool = True) -> Iterator[torch.Tensor]:
     now, ends = plan(run.model), len(_ends(run))
     assert now is not None
     room = -(-(past + run.limit - run.length) // ROOM) * ROOM
-    decoder = _decoders.pop(run.model, None)  # whoever comes meanwhile makes one of their own
+    decoder = _decoders.pop(run.model, None)  # a concurrent run makes its own
     if decoder is None or not decoder.fits(now, rows, room, ends):
-        decoder = None  # gone before the next one needs its memory
+        decoder = None  # freed before the next one needs its memory
         decoder = Decoder(now, rows, room, ends)
     replay = decoder.replay(now, Chooser(run), run.decoding != "static", reader.mask is not None)
     decoder.load(run)
     if not run.cache_is_seen:
-        reader.cache = cache = None  # its memory is free from here on
+        reader.cache = cache = None  # frees its memory
     state, done = decoder.state, 0
     writing = bool(state.writing.any())
     try:
         while writing and run.length < run.limit:
             for _ in range(min(1 if watched else STEPS, run.limit - run.length)):
                 replay()
-            steps, writing = torch.cat([state.steps, state.writing.any()[None]]).tolist()  # waits for the device
+            steps, writing = torch.cat([state.steps, state.writing.any()[None]]).tolist()  # synchronises
             new = state.text[:, past + done : past + steps].clone()
             done = steps
             for tokens in new.unbind(1):

@@ -1,7 +1,7 @@
-"""Our models as transformers' `PreTrainedModel`, for libraries that insist on one. Only this module needs transformers.
+"""Our models as transformers' `PreTrainedModel`, for libraries that insist on one. Importing this needs transformers.
 
-The modules and the forward pass are ours, what surrounds them (from_pretrained, generate, device maps, quantisation) is
-transformers' own. `register()` makes its Auto classes give these.
+The modules and the forward pass are ours; everything around them (from_pretrained, generate, device maps, quantisation)
+is transformers'. `register()` makes its Auto classes return these models.
 """
 
 from functools import wraps
@@ -17,7 +17,7 @@ from .config import LlamaConfig
 
 
 class LlamaPreTrainedModel(ops.Computes, PreTrainedModel):
-    """A `PreTrainedModel` around a model of ours, whose forward pass it takes over."""
+    """A `PreTrainedModel` that wraps one of our models and uses its forward pass."""
 
     config_class = transformers.LlamaConfig
     base_model_prefix = "model"
@@ -41,7 +41,7 @@ class LlamaPreTrainedModel(ops.Computes, PreTrainedModel):
     set_backend = modeling.LlamaPreTrainedModel.set_backend
 
     def _init_weights(self, module: nn.Module) -> None:
-        """transformers' rules; and RoPE's frequencies, which it takes for weights that were not in the file."""
+        """transformers' rules, and RoPE's frequencies, which it mistakes for weights missing from the file."""
         if isinstance(module, modeling.LlamaRotaryEmbedding):
             module._apply(lambda tensor: tensor)
         else:
@@ -52,7 +52,7 @@ class LlamaPreTrainedModel(ops.Computes, PreTrainedModel):
 
 
 def _forward(ours: type[modeling.LlamaPreTrainedModel], record: type[modeling_outputs.ModelOutput]) -> Any:
-    """Our forward pass, whose result is put into transformers' record: its libraries look for that class."""
+    """Our forward pass, returning transformers' output class, which libraries check for."""
 
     @wraps(ours.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Ours for `cache_implementation="static"`: transformers' hands over its empty places too."""
+        """Use ours for `cache_implementation="static"`: transformers' also returns its empty entries."""
         return StaticCache(self.model.config, max_cache_len)
 
 
@@ -99,7 +99,7 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
 
 
 def register() -> None:
-    """Let transformers' Auto classes give the classes here for every configuration of a Llama."""
+    """Make transformers' Auto classes return the classes here for every `LlamaConfig`."""
     for auto, model in (
         (transformers.AutoModel, LlamaModel),
         (transformers.AutoModelForCausalLM, LlamaForCausalLM),

@@ -1,7 +1,7 @@
 """The model in PyTorch: transformers' Llama classes, module by module and name by name.
 
-Start at `LlamaModel.forward`; the modules it calls stand above it, the heads below. What is computed on every token
-lives in `llama.ops`; what every model can do (load, save, resize ...) in `llama.pretrained`; writing text in
+Start at `LlamaModel.forward`; the modules it calls are above it, the heads below. The per-token computation is in
+`llama.ops`, what all models share (loading, saving, resizing ...) in `llama.pretrained`, and text generation in
 `llama.generation`.
 """
 
@@ -49,9 +49,9 @@ class LlamaRMSNorm(ops.Computes, nn.Module):
 class LlamaRotaryEmbedding(nn.Module):
     """cos and sin of the positions' angles, from the reference's frequencies.
 
-    The frequencies stay float32 whatever the model is moved to: in bfloat16 they would turn position 2000 by up to 2.4
-    radians too far (LLaMA 7B). Of types whose angles follow the length (dynamic, longrope), the longest row of the
-    batch decides for all.
+    The frequencies stay in float32 whatever dtype the model is cast to: in bfloat16, the angle at position 2000 would
+    be off by up to 2.4 radians (LLaMA 7B). For RoPE types whose angles depend on the sequence length (dynamic,
+    longrope), the longest row decides for the whole batch.
     """
 
     inv_freq: torch.Tensor
@@ -67,11 +67,11 @@ class LlamaRotaryEmbedding(nn.Module):
 
     @property
     def original_inv_freq(self) -> torch.Tensor:
-        """`inv_freq`, which no text changes here."""
+        """`inv_freq`, which, unlike in transformers, never changes with the sequence length."""
         return self.inv_freq
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LlamaRotaryEmbedding":
-        """Follow the model to its device, not to its dtype; and be whole again after a stay on "meta"."""
+        """Follow the model to its device but not its dtype; restore frequencies lost on "meta"."""
         frequencies, _ = reference.rope_frequencies(self.config)
         self.inv_freq = torch.tensor(frequencies, device=fn(self.inv_freq).device)
         return self
@@ -92,10 +92,10 @@ class LlamaRotaryEmbedding(nn.Module):
 
 @library.custom_op("llama_triton::rope_frequencies", mutates_args=())
 def _frequencies_at(position_ids: torch.Tensor, config: str) -> torch.Tensor:
-    """The reference's frequencies (D/2,) for a text that reaches the largest of the positions.
+    """The reference's frequencies (D/2,) for a sequence that ends at the largest position.
 
-    An operator of its own, so that torch.compile does not look into it; the configuration comes as JSON. It waits for
-    the device, once a pass, to learn the length.
+    A custom operator, so that torch.compile does not trace into it; `config` is JSON. Reading the length synchronises
+    with the device, once per forward pass.
     """
     length = int(position_ids.max()) + 1
     frequencies, _ = reference.rope_frequencies(reference.Config(**json.loads(config)), length)
@@ -137,18 +137,18 @@ class LlamaAttention(ops.Computes, nn.Module):
         self.k_proj = _linear(config.hidden_size, kv_heads * self.head_dim, config.attention_bias)
         self.v_proj = _linear(config.hidden_size, kv_heads * self.head_dim, config.attention_bias)
         self.o_proj = _linear(heads * self.head_dim, config.hidden_size, config.attention_bias)
-        self.heads = list(range(heads))  # those that are left, by their first numbers
-        self.kv_of = [head * kv_heads // heads for head in self.heads]  # the key/value head that each of them reads
+        self.heads = list(range(heads))  # those not pruned, by their original indices
+        self.kv_of = [head * kv_heads // heads for head in self.heads]  # the key/value head of each
         self.groups_are_even = True
 
     @property
     def scaling(self) -> float:
-        """What the scores are multiplied by."""
+        """The factor applied to the attention scores."""
         return self.head_dim**-0.5
 
     @property
     def is_causal(self) -> bool:
-        """Where no mask is given a token sees itself and what is before it. As `scaling`, not to be changed."""
+        """Without a mask, a token attends to itself and the tokens before it. Read-only, like `scaling`."""
         return True
 
     @property
@@ -165,12 +165,12 @@ class LlamaAttention(ops.Computes, nn.Module):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, E) -> (B, T, E), and the weights (B, H, T, S) where they are asked for or "eager" makes them.
+        """(B, T, E) -> (B, T, E), and the attention weights (B, H, T, S) if requested or if "eager" computes them.
 
-        `position_embeddings` are cos and sin. What else a layer of transformers hands over is not needed.
+        `position_embeddings` is (cos, sin). Other arguments that transformers' layers pass are ignored.
         """
         if position_embeddings is None:
-            raise ValueError("position_embeddings must be (cos, sin), as model.rotary_emb(x, position_ids) makes them")
+            raise ValueError("position_embeddings must be (cos, sin), as returned by model.rotary_emb(x, position_ids)")
         B, T, _ = hidden_states.shape
         q, k, v = (
             projected.view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -192,9 +192,9 @@ class LlamaAttention(ops.Computes, nn.Module):
         return ops.linear(self.o_proj, out), weights
 
     def prune_heads(self, heads: set[int]) -> None:
-        """Take these query heads out, and every key/value head that no query head reads any more.
+        """Remove these query heads, and every key/value head that no remaining query head uses.
 
-        Heads keep their first numbers, however often one prunes.
+        Heads keep their original indices across repeated pruning.
         """
         kept = [place for place, head in enumerate(self.heads) if head not in heads]
         if not kept:
@@ -210,11 +210,11 @@ class LlamaAttention(ops.Computes, nn.Module):
         self.heads = [self.heads[place] for place in kept]
         self.kv_of = [kv_kept.index(self.kv_of[place]) for place in kept]
         groups = [self.kv_of.count(kv) for kv in range(len(kv_kept))]
-        self.groups_are_even = len(set(groups)) == 1  # neighbours still, for the order is kept
+        self.groups_are_even = len(set(groups)) == 1  # and contiguous, as pruning keeps the order
 
 
 def _select(module: nn.Linear, places: torch.Tensor, dim: int) -> nn.Linear:
-    """A Linear of some of `module`'s outputs (dim 0) or inputs (dim 1)."""
+    """A Linear with the given outputs (dim 0) or inputs (dim 1) of `module`."""
     places = places.to(module.weight.device)
     weight = module.weight.detach().index_select(dim, places)
     new = _linear(weight.shape[1], weight.shape[0], bias=False)
@@ -258,10 +258,10 @@ class LlamaDecoderLayer(ops.Computes, nn.Module):
         attentions: list[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """(B, T, E) -> (B, T, E). The attention's weights are added to `attentions` where there is such a list.
+        """(B, T, E) -> (B, T, E). The attention weights are appended to `attentions`, if it is given.
 
-        Names and order are transformers'. `position_embeddings`, cos and sin, say where the tokens stand; that, and
-        what else comes, is handed on to the attention.
+        Argument names and order are transformers'. `position_embeddings` is (cos, sin); it and any other keywords are
+        passed on to the attention.
         """
         if attentions is not None:
             kwargs["output_attentions"] = True
@@ -288,7 +288,7 @@ class LlamaDecoderLayer(ops.Computes, nn.Module):
 
 
 class LlamaModel(LlamaPreTrainedModel):
-    """Everything below a head: embedding, layers, final norm. transformers' `LlamaModel`."""
+    """transformers' `LlamaModel`: embedding, layers and final norm, without a head."""
 
     base_model_prefix = ""
 
@@ -296,10 +296,10 @@ class LlamaModel(LlamaPreTrainedModel):
         super().__init__(config)
         self.vocab_size = config.vocab_size
         pad = config.pad_token_id
-        self.padding_idx = None if pad is None or pad < 0 else pad  # the first LLaMA's files say -1
+        self.padding_idx = None if pad is None or pad < 0 else pad  # LLaMA 1 checkpoints have -1
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, self.padding_idx,
-            _weight=torch.empty(config.vocab_size, config.hidden_size, device=device_of_weights()),  # post_init draws
+            _weight=torch.empty(config.vocab_size, config.hidden_size, device=device_of_weights()),  # set by post_init
         )  # fmt: skip
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -320,27 +320,27 @@ class LlamaModel(LlamaPreTrainedModel):
         cache_position: torch.Tensor | None = None,
         packed: bool = False,
     ) -> Any:
-        """Read T tokens after the P that the cache holds.
+        """Run the model on T tokens that follow the P tokens in the cache.
 
         Args:
-            input_ids: (B, T) ids; or `inputs_embeds`, (B, T, E), in their place.
-            attention_mask: (B, P + T), 0 where there is padding; or (B or 1, H or 1, T, P + T), taken as it is: bool,
-                True where a token may look, or float, which is added to the scores. Default: no padding.
-            position_ids: (B or 1, T). Default: every row counts its unmasked tokens from 0, so that a padded row is
-                read as it would be alone. (transformers' forward counts padding too, its generate does not.)
-            past_key_values: a `Cache`, or a tuple over layers of (keys, values). It is filled in place.
-            use_cache: return a cache, a new one if none was handed in. Default: as `config.use_cache` says.
-            cache_position: (T,), where these tokens stand. Only P .. P + T - 1 is possible, and left out as a rule; an
-                earlier place crops the cache to it.
-            packed: the rows hold several texts; one begins wherever `position_ids` do not go on by one. Without a cache
-                and a mask that needs no saying: there, as in transformers, `position_ids` decide.
+            input_ids: (B, T) ids; or pass `inputs_embeds`, (B, T, E), instead.
+            attention_mask: (B, P + T), 0 at padding; or (B or 1, H or 1, T, P + T), used as is: bool, True where a
+                token may attend, or float, added to the scores. Default: no padding.
+            position_ids: (B or 1, T). Default: each row counts its unmasked tokens from 0, so that padding does not
+                change a row's result. (transformers' forward counts padding too, its generate does not.)
+            past_key_values: a `Cache`, which is updated in place, or a tuple over layers of (keys, values).
+            use_cache: return a cache, creating one if none was passed. Default: `config.use_cache`.
+            cache_position: (T,), the cache indices of these tokens, P .. P + T - 1, and rarely needed. An earlier
+                start first crops the cache to it.
+            packed: rows hold several sequences; one starts wherever `position_ids` do not increase by one. Not needed
+                without a cache and a mask: then, as in transformers, `position_ids` alone decide.
 
         Returns:
-            `BaseModelOutputWithPast`, or with `return_dict=False` the tuple of what is not None.
+            `BaseModelOutputWithPast`, or with `return_dict=False` the tuple of its values that are not None.
 
         Raises:
-            ValueError: an argument of the wrong shape: a mask that does not cover the cache and the new tokens, say.
-            IndexError: an id outside the vocabulary.
+            ValueError: an argument has the wrong shape, e.g. a mask that does not cover the cache and the new tokens.
+            IndexError: an id is outside the vocabulary.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -349,7 +349,7 @@ class LlamaModel(LlamaPreTrainedModel):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         recompute = recompute and past_key_values is None  # a cache would be filled twice
         if recompute:
-            use_cache = False  # what would be kept is what is meant to be forgotten
+            use_cache = False  # it would keep what checkpointing is meant to free
 
         x = self._embed(input_ids, inputs_embeds)
         cache = None if past_key_values is None else as_cache(past_key_values)
@@ -415,24 +415,24 @@ class LlamaModel(LlamaPreTrainedModel):
         cache_position: torch.Tensor | None,
         packed: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | ops.Padding | None]:
-        """Where the tokens stand, (B or 1, T), and whom they see: None for all before them, a mask of four axes, or
-        what the kernels take in its place."""
+        """Return the tokens' positions, (B or 1, T), and what they attend to: None (causal), a 4-D mask, or the
+        `Padding` that the kernels take instead."""
         B, T, _ = x.shape
         compiling = torch.compiler.is_compiling()
         if cache_position is not None and not compiling:
             start, held = int(cache_position[0]), 0 if cache is None else cache.get_seq_length()
             if not 0 <= start <= held or cache_position.tolist() != list(range(start, start + T)):
                 raise ValueError(
-                    f"cache_position must be {T} places from {held}, the cache's end; got {cache_position}"
+                    f"cache_position must be {T} positions from {held}, the cache's length; got {cache_position}"
                 )
             if cache is not None and start < held:
-                cache.crop(start - held)  # negative, as transformers' own now want it
+                cache.crop(start - held)  # negative, as transformers' caches now require
         past = 0 if cache is None else cache.get_seq_length()
         total, masked = past + T, attention_mask is not None
         if attention_mask is not None:
             room = None if cache is None else getattr(cache, "max_cache_len", None)
             if attention_mask.dim() in (2, 4) and attention_mask.shape[-1] == room:
-                attention_mask = attention_mask[..., :total]  # as wide as a static cache, as transformers wants it
+                attention_mask = attention_mask[..., :total]  # transformers' masks are as wide as a static cache
             shape = tuple(attention_mask.shape)
             is_2d = shape == (B, total)
             is_4d = len(shape) == 4 and shape[0] in (1, B) and shape[2:] == (T, total)
@@ -452,7 +452,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
         may_pack = position_ids is not None and cache is None and not masked
         if position_ids is None and packed:
-            raise ValueError("packed needs position_ids, which begin anew where a text does")
+            raise ValueError("packed needs position_ids that restart at each sequence")
         if position_ids is None:
             if padding is None:
                 position_ids = torch.arange(past, total, device=x.device)[None]
@@ -465,7 +465,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
         first_keys = None
         if packed and past:
-            raise ValueError("packed rows cannot follow a cache")
+            raise ValueError("packed rows cannot continue a cache")
         if packed or may_pack:
             breaks = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
             if packed or compiling or bool(breaks.any()):
@@ -480,18 +480,18 @@ class LlamaModel(LlamaPreTrainedModel):
         elif attention_mask.dtype == torch.bool:
             mask = attention_mask & ops.as_mask(ops.padding_of(None, first_keys), T, total)
         else:
-            raise ValueError("packed cannot be joined with a float attention_mask; put the texts' borders into it")
+            raise ValueError("packed cannot be combined with a float attention_mask; encode the boundaries in it")
         if mask is not None and mask.is_floating_point() and mask.dtype != x.dtype:
             mask = mask.to(x.dtype)
         return position_ids, mask
 
 
 class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
-    """The language model: `LlamaModel` with a score for every token of the vocabulary."""
+    """The language model: `LlamaModel` with a head that scores every token of the vocabulary."""
 
     _tied_weights_keys = ("lm_head.weight",)
     accepts_loss_kwargs = True
-    loss_type = "ForCausalLM"  # transformers' Trainer asks it whether labels are shifted
+    loss_type = "ForCausalLM"  # tells transformers' Trainer whether labels are shifted
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -520,28 +520,28 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         packed: bool = False,
         **more: Any,
     ) -> Any:
-        """Score the next token of every token. Arguments as `LlamaModel.forward`, and:
+        """Compute next-token logits. Takes the arguments of `LlamaModel.forward`, and:
 
         Args:
-            labels: (B, T) ids, as a rule `input_ids` again: token t is scored against label t + 1. `ignore_index` does
-                not count.
-            logits_to_keep: an int n computes the last n positions only, 0 all; a tensor (n,) of indices, those. The
-                loss then counts what is computed. `num_logits_to_keep` is transformers 4's name for it.
-            num_items_in_batch: the loss is the sum over this number instead of the mean.
-            shift_labels: (B, T) labels that are shifted already: token t is scored against label t.
+            labels: (B, T) ids, usually `input_ids` itself: position t is scored against label t + 1. Labels equal to
+                `ignore_index` are ignored.
+            logits_to_keep: an int n computes only the last n positions, 0 all; a tensor (n,) gives their indices. The
+                loss covers only the computed positions. `num_logits_to_keep` is transformers 4's name for it.
+            num_items_in_batch: divide the summed loss by this number instead of taking the mean.
+            shift_labels: (B, T) labels that are already shifted: position t is scored against label t.
 
         Returns:
-            `CausalLMOutputWithPast`, or with `return_dict=False` the tuple of what is not None.
+            `CausalLMOutputWithPast`, or with `return_dict=False` the tuple of its values that are not None.
         """
-        shift_labels = more.pop("shift_labels", None)  # not in the signature: Trainer wants all labels that it names
+        shift_labels = more.pop("shift_labels", None)  # not in the signature: Trainer would expect it in every batch
         if more:
             raise TypeError(f"LlamaForCausalLM.forward() got an unexpected keyword argument {sorted(more)[0]!r}")
         if num_logits_to_keep is not None:
             logits_to_keep = num_logits_to_keep
         if isinstance(logits_to_keep, torch.Tensor):
             if logits_to_keep.dim() != 1:
-                raise ValueError(f"logits_to_keep must be a number or indices (n,), got {_describe(logits_to_keep)}")
-        elif (logits_to_keep := int(logits_to_keep)) < 0:  # NumPy's numbers are integers too
+                raise ValueError(f"logits_to_keep must be an int or indices (n,), got {_describe(logits_to_keep)}")
+        elif (logits_to_keep := int(logits_to_keep)) < 0:  # int() for NumPy's integers
             raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -586,9 +586,10 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """What `forward` makes of logits (B, T, V) and labels (B, T), as a float32 scalar; its arguments are explained
-        there. Another function of these names may be put in its place. `vocab_size` says nothing that the logits do
-        not."""
+        """The loss of logits (B, T, V) for labels (B, T), a float32 scalar; `forward` documents the arguments.
+
+        May be replaced by any function with these argument names. `vocab_size` is redundant: the logits imply it.
+        """
         if shift_labels is None:
             if labels is None:
                 raise ValueError("labels or shift_labels must be given")
@@ -597,7 +598,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
 
 class LlamaForSequenceClassification(LlamaPreTrainedModel):
-    """`LlamaModel` with a score for every label, read off the last token of a text."""
+    """`LlamaModel` with a head that scores every label at a sequence's last token."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -620,18 +621,18 @@ class LlamaForSequenceClassification(LlamaPreTrainedModel):
         return_dict: bool | None = None,
         cache_position: torch.Tensor | None = None,
     ) -> Any:
-        """Score the texts. Arguments as `LlamaModel.forward`, and:
+        """Classify sequences. Takes the arguments of `LlamaModel.forward`, and:
 
         Args:
             labels: (B,) ids for single-label classification, (B, num_labels) floats of 0 and 1 for multi-label, floats
-                for regression. Which of them is meant `config.problem_type` says, or one label (regression) or integers
-                (single-label) do.
+                for regression. `config.problem_type` says which; if it is None, `num_labels == 1` means regression,
+                and otherwise integers mean single-label and floats multi-label.
 
-        The last token is the rightmost that is not `config.pad_token_id`; with `inputs_embeds` the rightmost that
-        `attention_mask` lets through.
+        The last token is the rightmost that is not `config.pad_token_id` or, with `inputs_embeds`, the rightmost that
+        `attention_mask` does not mask.
 
         Raises:
-            ValueError: as `LlamaModel.forward`; or several texts and no `pad_token_id`.
+            ValueError: as `LlamaModel.forward`; or there are several sequences and no `pad_token_id`.
         """
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -675,7 +676,7 @@ class LlamaForSequenceClassification(LlamaPreTrainedModel):
 
 
 class LlamaForTokenClassification(LlamaPreTrainedModel):
-    """`LlamaModel` with a score for every label and token."""
+    """`LlamaModel` with a head that scores every label at every token."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -701,7 +702,7 @@ class LlamaForTokenClassification(LlamaPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Score every token. Arguments as `LlamaModel.forward`; `labels` (B, T), -100 does not count."""
+        """Classify tokens. Arguments as `LlamaModel.forward`; `labels` is (B, T), where -100 is ignored."""
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
@@ -720,7 +721,7 @@ class LlamaForTokenClassification(LlamaPreTrainedModel):
 class LlamaForQuestionAnswering(LlamaPreTrainedModel):
     """`LlamaModel` with two scores for every token: that the answer starts there, and that it ends there."""
 
-    base_model_prefix = "transformer"  # transformers' name for it in this one class, and in its files
+    base_model_prefix = "transformer"  # transformers' name in this one class, and in its checkpoints
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -741,8 +742,8 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Score the answer's borders. Arguments as `LlamaModel.forward`; `start_positions` and `end_positions` (B,),
-        of which those beyond the text do not count."""
+        """Score the answer's start and end. Arguments as `LlamaModel.forward`; `start_positions` and `end_positions`
+        are (B,), and positions beyond the sequence are ignored."""
         out = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, output_attentions=output_attentions,
@@ -763,25 +764,25 @@ class LlamaForQuestionAnswering(LlamaPreTrainedModel):
 
 
 def _numpy_for_rows(x: torch.Tensor, size: int, backend: str) -> AbstractContextManager:
-    """`ops.rows_for_numpy`; torch.compile cannot look into a context manager of ours, so there is none for it."""
+    """`ops.rows_for_numpy`; a no-op for Triton and under torch.compile, which cannot trace the context manager."""
     return nullcontext() if torch.compiler.is_compiling() or backend == "triton" else ops.rows_for_numpy(x, size)
 
 
 def _border_loss(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """-log p of the places (B,) under scores (B, T); a place beyond the text does not count."""
+    """Mean -log p of the positions (B,) under scores (B, T), ignoring positions beyond the sequence."""
     beyond = scores.shape[1]
     places = places.reshape(-1).to(scores.device, torch.long).clamp(0, beyond)
     return F.cross_entropy(scores, places, ignore_index=beyond)
 
 
 def _shifted(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """(B, T) labels of the tokens -> (B, T) labels of what comes after them, nothing after the last."""
+    """Shift (B, T) labels left by one position; the last one becomes `ignore_index`."""
     return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
 def _check_labels(labels: torch.Tensor, shape: torch.Size, name: str = "labels") -> None:
     if labels.shape != shape:
-        raise ValueError(f"{name} must be {tuple(shape)}, as the tokens; got {tuple(labels.shape)}")
+        raise ValueError(f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(labels.shape)}")
 
 
 def _describe(tensor: torch.Tensor) -> str:

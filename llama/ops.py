@@ -1,8 +1,8 @@
-"""What the model computes with, one function for each hot path: the one place that chooses Triton or PyTorch.
+"""The model's operations, one function per hot path, and the only place that chooses between Triton and PyTorch.
 
-Layout is (batch, heads, sequence, head_dim) everywhere. Semantics are transformers'; a query that may see no key
-(False or -∞ in its mask) gives zeros, as in the reference. The kernels have no backward pass yet: where gradients are
-wanted PyTorch's operations compute, whatever the backend.
+Layout is (batch, heads, sequence, head_dim) throughout. Semantics are transformers'; a query with all keys masked
+(False or -∞) yields zeros, as in the reference. The kernels have no backward pass yet: when gradients are needed,
+PyTorch's operations run, whatever the backend.
 """
 
 import importlib.util
@@ -20,25 +20,25 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-try:  # who watches is PyTorch's own affair, and where it says so may move
+try:  # private APIs that tell which modes, transforms and hooks are active; they may move
     from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
     from torch._C._functorch import peek_interpreter_stack
     from torch.nn.modules.module import _has_any_global_hook
 
     CAN_TELL = hasattr(forward_ad, "_current_level")
 except ImportError:
-    CAN_TELL = False  # then nothing takes the detour
+    CAN_TELL = False  # then no shortcut is taken
 
 BACKENDS = ("auto", "torch", "triton")
-WIDEST_ROW = 16384  # of the kernels for RMSNorm: kernels/tiles.py says the same
-MOST_ROWS = 4  # of the kernels for products of a few rows: kernels/gemv.py says the same
-LARGE = 2**25  # a matrix of as many numbers takes one core some five milliseconds to read
-IN_CACHE = 2**15  # weights of fewer numbers stay in a core's cache, and NumPy's detour costs more than it brings
+WIDEST_ROW = 16384  # of the RMSNorm kernels; the same as in kernels/tiles.py
+MOST_ROWS = 4  # of the gemv kernels; the same as in kernels/gemv.py
+LARGE = 2**25  # elements; one core takes about 5 ms to read a matrix of this size
+IN_CACHE = 2**15  # elements; smaller weights stay in a core's cache, where the NumPy detour costs more than it saves
 
 
 @cache
 def has_triton() -> bool:
-    """Whether there is a Triton that the kernels know: 3.6 or later."""
+    """Whether a Triton that the kernels support is installed: 3.6 or later."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -47,11 +47,11 @@ def has_triton() -> bool:
 
 
 def check_backend(backend: str) -> str:
-    """`backend`, if this machine has it: "triton" (a GPU, or a CPU under TRITON_INTERPRET=1), "torch", or "auto", which
-    takes Triton for what lies on a GPU and PyTorch elsewhere.
+    """Return `backend` if this machine supports it: "triton" (a GPU, or a CPU under TRITON_INTERPRET=1), "torch", or
+    "auto", which uses Triton for tensors on a GPU and PyTorch elsewhere.
 
     Raises:
-        ValueError: it has not, and what to do.
+        ValueError: it does not; the message says what to do.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -60,24 +60,24 @@ def check_backend(backend: str) -> str:
             raise ValueError('the triton backend needs Triton 3.6 or later: pip install triton, or backend="torch"')
         if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
             raise ValueError(
-                'the triton backend needs a GPU and there is none; backend="torch" runs here. For tests '
+                'the triton backend needs a GPU and there is none; use backend="torch". For tests, '
                 "TRITON_INTERPRET=1, set before Python starts, runs the kernels on a CPU, slowly"
             )
         if torch.cuda.is_available() and not _kernels_were_made_for(None):
             raise ValueError(
-                "the triton backend wants NVIDIA's GPUs from Ampere on, or AMD's Instinct; backend='torch' runs here"
+                "the triton backend needs an NVIDIA GPU (Ampere or later) or an AMD Instinct; use backend='torch'"
             )
     return backend
 
 
 class Computes:
-    """A module whose work `ops` may hand to the kernels. `backend` is one of BACKENDS."""
+    """Mixin for modules whose operations may run on the kernels. `backend` is one of BACKENDS."""
 
     backend = "auto"
 
 
 def uses_triton(backend: str, *tensors: torch.Tensor) -> bool:
-    """Whether the kernels compute with these: they are asked for or "auto" finds a GPU, and no gradient is wanted."""
+    """Whether the kernels handle these tensors: requested, or "auto" with a GPU, and no gradient is needed."""
     if backend == "torch" or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return False
     if _is_transformed():
@@ -90,20 +90,20 @@ def uses_triton(backend: str, *tensors: torch.Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether vmap or a forward derivative is under way, of which the operators know nothing."""
+    """Whether vmap or forward-mode AD is active, which the kernels' operators do not support."""
     if torch.compiler.is_compiling() or not CAN_TELL:
         return False
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
-@torch.compiler.assume_constant_result  # outermost: torch.compile looks through a cache
+@torch.compiler.assume_constant_result  # outermost: torch.compile traces through functools.cache
 def _has_kernels(index: int | None) -> bool:
     return _kernels_were_made_for(index)
 
 
 @cache
 def _kernels_were_made_for(index: int | None) -> bool:
-    """Whether the kernels were made for this GPU: NVIDIA's from Ampere on, AMD's Instinct."""
+    """Whether the kernels support this GPU: NVIDIA from Ampere on, or AMD Instinct."""
     if not has_triton():
         return False
     if torch.version.hip:
@@ -112,7 +112,7 @@ def _kernels_were_made_for(index: int | None) -> bool:
 
 
 class _Rows(threading.local):
-    """Whether this thread is in `rows_for_numpy`, and NumPy may take the products; and how it takes them."""
+    """This thread's `rows_for_numpy`: whether NumPy computes the products, and with which function."""
 
     active = False
     product: Callable[..., np.ndarray] = np.dot
@@ -122,26 +122,25 @@ _rows = _Rows()
 
 
 def numpy_has_rows() -> bool:
-    """Whether this is within `rows_for_numpy`, of a row that suits it."""
+    """Whether this thread is inside `rows_for_numpy`, with a row that suits it."""
     return _rows.active
 
 
 def product(weight: np.ndarray, row: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """weight (M, N) times row (N,), as this thread's `rows_for_numpy` would have it."""
+    """weight (M, N) times row (N,), by the function that this thread's `rows_for_numpy` chose."""
     return _rows.product(weight, row, out)
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)`, by a quicker way where there is one: `linears` of one."""
+    """`module(x)`, by a faster path where there is one; see `linears`."""
     return linears((module,), x)[0]
 
 
 def linears(modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[torch.Tensor]:
-    """`module(x)` of each.
+    """`module(x)` for each module.
 
-    Within `rows_for_numpy` one row goes through NumPy, whose BLAS reads the weights half as fast again as PyTorch's, or
-    better (NOTES.md). Whatever is not a plain nn.Linear (an adapter, a quantised layer, one with hooks) is called and
-    nothing else.
+    Inside `rows_for_numpy`, a single row goes through NumPy, whose BLAS reads the weights at least 1.5 times as fast as
+    PyTorch's (NOTES.md). Anything but a plain nn.Linear (an adapter, a quantised layer, one with hooks) is just called.
     """
     if not (_rows.active and _is_row(x)):
         return [module(x) for module in modules]
@@ -159,23 +158,23 @@ def _product(module: nn.Linear, x: torch.Tensor, row: np.ndarray) -> torch.Tenso
 
 @contextmanager
 def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
-    """Let NumPy take the products of one row with matrices of up to `size` numbers, as in every step of decoding.
+    """Let NumPy compute the products of one row with matrices of up to `size` elements, as in every decoding step.
 
-    That is float32 on a CPU of which nobody keeps a record. PyTorch stays on this thread meanwhile: its workers go on
-    spinning for milliseconds after each parallel region, on the cores that BLAS's need. OpenMP itself is told so, for
-    that concerns this thread alone; `torch.set_num_threads` tells all threads to come as well, and is used only where
-    PyTorch has another pool. For large matrices BLAS takes as many threads as PyTorch had. For those that are read in
-    less time than a scheduler's slice it takes one: a thread whose core somebody else uses would hold up each of a
-    token's few hundred products for a whole slice. One thread takes a product row by row (`np.vecdot`), which reads a
-    mapped file a quarter faster than BLAS's own order does.
+    Applies to float32 on a CPU that no gradient, trace, mode or hook observes. Meanwhile PyTorch is limited to this
+    thread: its workers spin for milliseconds after each parallel region, on the cores that BLAS needs. The limit is set
+    in OpenMP, where it affects this thread only; `torch.set_num_threads` also affects threads started later, and is
+    used only where PyTorch has another pool. For large matrices BLAS gets as many threads as PyTorch had. For those
+    read in less than a scheduler's time slice it gets one: a thread whose core is taken by another process would delay
+    each of a token's few hundred products by a whole slice. One thread computes a product row by row (`np.vecdot`),
+    which reads a memory-mapped file a quarter faster than BLAS's own order does.
 
-    BLAS's number of threads may belong to the process or to the thread that sets it, as its build has it. So the first
-    thread that comes in notes what it was, and every one that leaves gives that back.
+    BLAS's thread count belongs to the process or to the calling thread, depending on its build. So the first thread to
+    enter records it, and every thread that leaves restores it.
     """
     if _rows.active or not _suits_numpy(x):
         yield
         return
-    threads = torch.get_num_threads()  # first of all: a thread's first call of PyTorch sets OpenMP's number
+    threads = torch.get_num_threads()  # first: a thread's first PyTorch call sets its OpenMP thread count
     libraries, openmp = _libraries("blas"), _libraries("openmp")
     before = [library.num_threads for library in openmp]
     with _pools.lock:
@@ -200,7 +199,7 @@ def rows_for_numpy(x: torch.Tensor, size: int) -> Iterator[None]:
 
 
 class _Pools:
-    """What BLAS's pools of threads had before the first thread came in."""
+    """The thread counts of BLAS's pools before the first thread entered `rows_for_numpy`."""
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0
@@ -217,12 +216,12 @@ def _set_threads(libraries: list[Any], numbers: list[int]) -> None:
 
 @cache
 def _libraries(api: str) -> list[Any]:
-    """NumPy's or PyTorch's ("blas", "openmp"), and any other that is loaded, as threadpoolctl knows them."""
+    """threadpoolctl's controllers of all loaded libraries for "blas" (NumPy's) or "openmp" (PyTorch's)."""
     return ThreadpoolController().select(user_api=api).lib_controllers
 
 
 def _suits_numpy(x: torch.Tensor) -> bool:
-    """Whether `x` is one row of float32 on a CPU, and nobody records what is done with it."""
+    """Whether `x` is a single float32 row on a CPU, and nothing observes the operations on it."""
     return (
         _is_row(x)
         and not torch.is_grad_enabled()
@@ -242,10 +241,10 @@ def _is_row(x: torch.Tensor) -> bool:
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling `module` is F.linear of its own float32 weight and nothing more."""
+    """Whether calling `module` is F.linear with its own float32 CPU weight and nothing more."""
     if type(module) is not nn.Linear:
         return False
-    weight = module._parameters.get("weight")  # nn.Module's own look-up takes longer
+    weight = module._parameters.get("weight")  # faster than nn.Module.__getattr__
     return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_cpu and is_unwatched(module)
 
 
@@ -253,7 +252,7 @@ _own_forwards: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.SiL
 
 
 def note_forwards(*classes: type[nn.Module]) -> None:
-    """Remember the forwards of these classes as their own, so that `is_unwatched` sees when somebody replaces one."""
+    """Record these classes' own forwards, so that `is_unwatched` notices when one is monkey-patched."""
     _own_forwards.update({cls: cls.forward for cls in classes})
 
 
@@ -261,7 +260,7 @@ def is_unwatched(module: nn.Module) -> bool:
     """Whether calling `module` runs its class's own forward and nothing more."""
     own = _own_forwards.get(type(module))
     return (
-        "forward" not in module.__dict__  # how accelerate attaches itself
+        "forward" not in module.__dict__  # how Hugging Face's accelerate adds hooks
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and (own is None or type(module).forward is own)
@@ -269,7 +268,7 @@ def is_unwatched(module: nn.Module) -> bool:
 
 
 def runs_bare(module: nn.Module) -> bool:
-    """`is_unwatched`, by hooks on all modules either; torch.compile, which obeys those itself, does not look."""
+    """`is_unwatched`, and without global module hooks, except under torch.compile, which honours those itself."""
     return is_unwatched(module) and (torch.compiler.is_compiling() or (CAN_TELL and not _has_any_global_hook()))
 
 
@@ -304,7 +303,7 @@ def add_rms_norm(
 def apply_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn q (B, H, T, D) and k (B, K, T, D) by their positions' angles; cos and sin (B or 1, T, D), halves pairing."""
+    """Rotate q (B, H, T, D) and k (B, K, T, D) by cos and sin (B or 1, T, D), pairing dimension i with i + D/2."""
     if uses_triton(backend, q, k):
         from .kernels import rope as kernel
 
@@ -319,10 +318,10 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 class Padding(NamedTuple):
-    """Whom the tokens see where that is not simply all before them, for kernels, which make no mask of it.
+    """What the tokens attend to if not simply all before them, in the form that the kernels take instead of a mask.
 
-    keys: (B, S) bool, False where there is padding. starts, lengths: (B,) int32, where a row's keys begin and end.
-    first_keys: (B, T) int32, the first token of a token's own text, where rows hold several.
+    keys: (B, S) bool, False at padding. starts, lengths: (B,) int32, where a row's keys begin and end.
+    first_keys: (B, T) int32, the first token of each token's own sequence, where rows are packed.
     """
 
     keys: torch.Tensor | None
@@ -332,7 +331,7 @@ class Padding(NamedTuple):
 
 
 def padding_of(keys: torch.Tensor | None, first_keys: torch.Tensor | None) -> Padding:
-    """A `Padding` of keys (B, S) and first_keys (B, T). On a GPU nothing waits for it."""
+    """Make a `Padding` from keys (B, S) and first_keys (B, T), without a device synchronisation."""
     if keys is None:
         return Padding(None, None, None, first_keys)
     place = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
@@ -342,7 +341,7 @@ def padding_of(keys: torch.Tensor | None, first_keys: torch.Tensor | None) -> Pa
 
 
 def as_mask(padding: Padding, T: int, S: int) -> torch.Tensor:
-    """The same as a mask (B, 1, T, S), bool: for PyTorch."""
+    """`padding` as a bool mask (B, 1, T, S), for PyTorch."""
     tables = [table for table in padding if table is not None]
     mask = causal_mask(T, S, tables[0].device)
     if padding.keys is not None:
@@ -365,11 +364,11 @@ def attention(
 
     Args:
         q: (B, H, T, D). k, v: (B, K, S, D).
-        mask: (B or 1, H or 1, T, S); bool, True where a query may look, or float, which is added. None is causal, the
-            queries being the last T of S; a `Padding` is causal too. The kernels take these two, and leave masks of
-            four axes to PyTorch.
+        mask: (B or 1, H or 1, T, S); bool, True where a query may attend, or float, added to the scores. None is
+            causal, the queries being the last T of S; so is a `Padding`. The kernels take only these two; 4-D masks go
+            to PyTorch.
     """
-    fits = q.shape[-1] <= 256 and q.dtype == k.dtype == v.dtype  # of several dtypes autocast makes one
+    fits = q.shape[-1] <= 256 and q.dtype == k.dtype == v.dtype  # mixed dtypes: autocast casts them
     if fits and not isinstance(mask, torch.Tensor) and not dropout and uses_triton(backend, q, k, v):
         return _attend_in_triton(q, k, v, mask)
     if isinstance(mask, Padding):
@@ -380,9 +379,9 @@ def attention(
             causal = True
         else:
             mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    grouped = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes tensors of sizes
+    grouped = bool(q.shape[1] != k.shape[1])  # torch.jit.trace turns sizes into tensors
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
-        times = q.shape[1] // k.shape[1]  # CUDA's fused kernels take grouped heads only in halves without a mask
+        times = q.shape[1] // k.shape[1]  # CUDA's fused kernels need half precision and no mask for grouped heads
         k, v, grouped = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), False
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
@@ -406,7 +405,7 @@ def apply_rope_to_cache(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`apply_rope`, with k and v written into caches (B, K, S, D) at positions (B, T) of them; gives the turned q."""
+    """`apply_rope`, then write k and v into caches (B, K, S, D) at their positions (B, T); return the rotated q."""
     if uses_triton(backend, q, k, v):
         from .kernels import rope as kernel
 
@@ -422,8 +421,8 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
     mask: torch.Tensor | None = None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`attention` of one token per row, q (B, H, 1, D), to the first lengths (B,) places of caches (B, K, S, D), but
-    for those that mask (B, S) calls padding, if it is given. What is not looked at must be finite."""
+    """`attention` of one token per row, q (B, H, 1, D), to the first lengths (B,) entries of caches (B, K, S, D),
+    except where mask (B, S), if given, is False. The entries left out must be finite."""
     if q.shape[-1] <= 256 and uses_triton(backend, q, k_cache, v_cache):
         from .kernels import decode_attention as kernel
 
@@ -436,7 +435,7 @@ def decode_attention(
 def gemv(
     x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], backend: str = "auto"
 ) -> list[torch.Tensor]:
-    """weight x + bias of each of up to three, for the few rows of x (B, 1, I) that one token per text makes."""
+    """weight x + bias for each of up to three weights; x is (B, 1, I), with few rows, as in decoding."""
     if not _suits_gemv(x, biases, weights, backend):
         return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     from .kernels import gemv as kernel
@@ -448,7 +447,7 @@ def gemv_swiglu(
     x: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None,
     up: torch.Tensor, up_bias: torch.Tensor | None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`swiglu` of the two products."""
+    """`swiglu` of the gate and up projections of x."""
     if not _suits_gemv(x, [gate_bias, up_bias], [gate, up], backend):
         return swiglu(F.linear(x, gate, gate_bias), F.linear(x, up, up_bias), backend)
     from .kernels import gemv as kernel
@@ -462,12 +461,12 @@ def _suits_gemv(x: torch.Tensor, biases: list[torch.Tensor | None], weights: lis
 
 
 def are_plain(weights: Iterable[torch.Tensor]) -> bool:
-    """Whether none is of a class of its own (quantised, sharded), whose numbers do not simply lie in its memory."""
+    """Whether none is a tensor subclass (quantised, sharded), whose values are not simply its storage."""
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: "torch.Tensor | Padding | None") -> torch.Tensor:
-    """The softmax of `attention` itself, (B, H, T, S) in q's dtype: for those who want to see it."""
+    """The weights that `attention` computes internally, (B, H, T, S) in q's dtype."""
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     if isinstance(mask, Padding):
@@ -478,7 +477,7 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: "torch.Tensor | Pa
     if mask.dtype != torch.bool:
         scores = scores + mask
         mask = ~torch.isneginf(scores)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -∞: a row of it would be NaN
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -∞, which makes a fully masked row NaN
     return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype).masked_fill(~mask, 0)
 
 
@@ -490,7 +489,7 @@ def weigh(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, T, S) bool: the last T of S tokens see themselves and what was before them."""
+    """(1, 1, T, S) bool: the last T of S tokens see themselves and all before them."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
 
 
@@ -501,7 +500,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "auto") -> torch
 
         return kernel.swiglu(gate, up)
     activated = F.silu(gate)
-    return activated * up if torch.is_grad_enabled() else activated.mul_(up)  # one buffer less to page in
+    return activated * up if torch.is_grad_enabled() else activated.mul_(up)  # saves paging in a buffer
 
 
 def cross_entropy(
@@ -511,10 +510,10 @@ def cross_entropy(
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Mean over the targets of -log p, in float32; with `num_items` their sum over that number.
+    """Mean of -log p over the targets, in float32; with `num_items`, their sum divided by that number.
 
     Args:
-        logits: (..., V). targets: (...) ids, those equal to `ignore_index` do not count.
+        logits: (..., V). targets: (...) ids; those equal to `ignore_index` are ignored.
     """
     reduction = "mean" if num_items is None else "sum"
     if uses_triton(backend, logits):

@@ -13,10 +13,10 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class ModelOutput(OrderedDict):
-    """A record that reads as `out.logits`, `out["logits"]` and `out[0]`.
+    """A record whose fields read as `out.logits`, `out["logits"]` and `out[0]`.
 
-    Only what is there counts: a field that is None is no key, and the tuple leaves it out. Fields are the annotations
-    of the class, in the order of transformers' tuples.
+    A field that is None is absent: it is not a key, and the tuple omits it. Fields are the class's annotations, in the
+    order of transformers' tuples.
     """
 
     _fields: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ class ModelOutput(OrderedDict):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls._fields = tuple(get_annotations(cls))
-        # For what looks for tensors in it: FSDP's hooks, torch.export, torch.func.
+        # So that FSDP's hooks, torch.export and torch.func find the tensors in it.
         pytree.register_pytree_node(
             cls,
             lambda out: (list(out.values()), list(out)),
@@ -122,7 +122,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
     """As `GenerateDecoderOnlyOutput`; scores are of all beams (B · num_beams, V). sequences_scores (B,): the sum of log
-    probabilities over length ** length_penalty. beam_indices (B, steps): which beam each token came from, -1 behind."""
+    probabilities over length ** length_penalty. beam_indices (B, steps): which beam each token came from, then -1."""
 
     sequences: torch.Tensor
     sequences_scores: torch.Tensor | None

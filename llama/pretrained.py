@@ -1,4 +1,4 @@
-"""What every model of `llama.modeling` can do: load, save, resize, tie, prune. transformers' `PreTrainedModel`."""
+"""The models' base class: loading, saving, resizing, tying and pruning. transformers' `PreTrainedModel`."""
 
 import difflib
 import inspect
@@ -21,11 +21,11 @@ from .config import LlamaConfig
 from .generation.config import GenerationConfig, own_copy
 from .progress import progress
 
-# Keywords of transformers' from_pretrained that change nothing here: files are always mapped, never run, and a model
-# lies on one device.
+# Keywords of transformers' from_pretrained without effect here: files are always memory-mapped and never executed, and
+# a model is on one device.
 IDLE = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "resume_download", "_fast_init",
         "offload_folder", "offload_state_dict", "offload_buffers", "max_memory"}  # fmt: skip
-# Those that would change something, and are passed as None by those who do not mean them.
+# Unsupported keywords, which callers may pass as None.
 ABSENT = ("variant", "quantization_config", "device_mesh", "tp_plan", "tp_size")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADS = ("lm_head.", "score.", "qa_outputs.")
@@ -33,15 +33,15 @@ LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 def device_of_weights() -> torch.device | None:
-    """Where our own modules make their weights: on "meta" while a file is loaded, for the file's take their places.
+    """The device on which our modules create their weights: "meta" while loading a checkpoint, which provides them.
 
-    What a subclass adds is made as its constructor says, because no file may hold it.
+    Modules that a subclass adds are created normally, since the checkpoint may lack their weights.
     """
     return torch.device("meta") if LOADING.get() else None
 
 
 class LlamaPreTrainedModel(ops.Computes, nn.Module):
-    """The base of all models here."""
+    """The base class of all models."""
 
     config_class = LlamaConfig
     base_model_prefix = "model"
@@ -57,9 +57,9 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         if not isinstance(config, LlamaConfig):
-            more = "; llama.LlamaConfig.from_dict(config.to_dict()) makes one" if hasattr(config, "to_dict") else ""
+            more = "; convert it by llama.LlamaConfig.from_dict(config.to_dict())" if hasattr(config, "to_dict") else ""
             raise ValueError(f"config must be a LlamaConfig, got {_class_name(config)}{more}")
-        config.checked()  # it may have been changed since it was made
+        config.checked()  # it may have been modified since it was created
         pad = config.pad_token_id
         if pad is not None and pad >= config.vocab_size:
             raise ValueError(f"pad_token_id ({pad}) must be below vocab_size ({config.vocab_size})")
@@ -68,14 +68,14 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
     def post_init(self) -> None:
-        """Draw the weights, tie and prune them as the configuration says. The last line of every constructor."""
+        """Initialise, tie and prune the weights as configured. The last line of every constructor."""
         if self.can_generate():
             self.generation_config = GenerationConfig.from_model_config(self.config)
         if not self.base_model_prefix:
             for layer, heads in (getattr(self.config, "pruned_heads", None) or {}).items():
                 self._attention(int(layer)).prune_heads(set(heads))
         if not any(parameter.is_meta for parameter in self.parameters()):
-            # what the base model drew for itself stays
+            # the base model has initialised its own
             for name, module in self.named_children():
                 if name != self.base_model_prefix:
                     module.apply(self._init_weights)
@@ -83,7 +83,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with `initializer_range` (not truncated), biases and the padding's embedding 0, norms 1."""
+        """Normal with std `initializer_range` (not truncated); biases and the padding embedding 0, norms 1."""
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -91,7 +91,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -102,8 +102,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def set_backend(self, backend: str) -> None:
-        """Choose what computes: "torch", "triton" (a GPU, or a CPU under TRITON_INTERPRET=1), or "auto", which takes
-        Triton for what lies on a GPU. Where gradients are wanted PyTorch's operations compute all the same."""
+        """Choose the implementation: "torch", "triton" (a GPU, or a CPU under TRITON_INTERPRET=1), or "auto", which
+        uses Triton for tensors on a GPU. When gradients are needed, PyTorch's operations run regardless."""
         ops.check_backend(backend)
         for module in self.modules():
             if isinstance(module, ops.Computes):
@@ -111,7 +111,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
 
     @property
     def base_model(self) -> "LlamaPreTrainedModel":
-        """The model below the head."""
+        """The model without its head."""
         return getattr(self, self.base_model_prefix, self) if self.base_model_prefix else self
 
     @property
@@ -131,14 +131,14 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         return hasattr(cls, "generate")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of weights, a tied one counted once."""
+        """The number of parameters, counting tied ones once."""
         embeddings = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
         return sum(
             p.numel() for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights, and of the buffers unless told otherwise."""
+        """Bytes of the parameters, and by default of the buffers."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(t.nbytes for t in tensors)
 
@@ -146,7 +146,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         return self.config.return_dict if return_dict is None else return_dict
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """What computes attention from now on: "eager" or "sdpa"."""
+        """Choose the attention implementation: "eager" or "sdpa"."""
         before, self.config.attn_implementation = self.config.attn_implementation, attn_implementation
         try:
             self.config.checked()
@@ -163,7 +163,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         self.base_model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear | None:
-        """The head that scores the vocabulary, None where there is none."""
+        """The head that scores the vocabulary, or None."""
         return getattr(self, "lm_head", None)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -178,7 +178,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         setattr(self, self.base_model_prefix, decoder)
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding's weight if `config.tie_word_embeddings`; part them if it does not."""
+        """Share the embedding's weight with the head if `config.tie_word_embeddings`, otherwise untie them."""
         head = self.get_output_embeddings()
         if head is None:
             return
@@ -192,10 +192,10 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Make room for `new_num_tokens` tokens, or drop the last ones; the head follows. Gives the embedding.
+        """Grow or shrink the vocabulary, embedding and head, to `new_num_tokens`. Return the embedding.
 
-        New rows are the mean of the old ones, so that a new token begins as an average one (Hewitt 2021); transformers
-        adds noise of a billionth of the rows' covariance. `mean_resizing=False` draws them as at the beginning.
+        New rows are the mean of the old ones, so that a new token starts as an average one (Hewitt 2021); transformers
+        adds noise of a billionth of the rows' covariance. `mean_resizing=False` draws them as at initialisation.
 
         Args:
             pad_to_multiple_of: round the number up to a multiple of this, which suits some hardware.
@@ -235,18 +235,18 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         return nn.Parameter(new, weight.requires_grad)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
-        """Take attention heads out: {layer: [heads]}, by their first numbers, also when pruned again.
+        """Remove attention heads, {layer: [heads]}, by their original indices even after earlier pruning.
 
-        A key/value head goes when no query head of its group is left. What was pruned is kept in `config.pruned_heads`
-        and saved with it. (Documented in transformers, where it raises or is gone.)
+        A key/value head is removed with the last query head of its group. Pruned heads are recorded in
+        `config.pruned_heads` and saved with it. (Documented in transformers, where it raises or has been removed.)
         """
         asked = {layer: set(heads) for layer, heads in heads_to_prune.items()}
         layers, legal = range(self.config.num_hidden_layers), range(self.config.num_attention_heads)
         for layer, heads in asked.items():
             if layer not in layers or any(head not in legal for head in heads):
                 raise ValueError(
-                    f"heads_to_prune names layer {layer}, heads {list(heads)}; there are layers 0 to {layers[-1]} "
-                    f"of heads 0 to {legal[-1]}"
+                    f"heads_to_prune names layer {layer}, heads {list(heads)}; valid are layers 0 to {layers[-1]} "
+                    f"and heads 0 to {legal[-1]}"
                 )
         for layer, heads in asked.items():
             if set(self.base_model._attention(layer).heads) <= heads:
@@ -268,7 +268,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """`gradient_checkpointing_enable` under the name that transformers 5 gives it."""
+        """`gradient_checkpointing_enable` under its name in transformers 5."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_enable(
@@ -277,12 +277,12 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Keep only the layers' inputs while training and compute the rest again: memory for time. No cache then.
+        """Keep only the layers' inputs while training and recompute the rest, to save memory. Disables the cache.
 
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
-            every_n_layers, offload: transformers 5 can leave layers out and keep the inputs in the CPU's memory; here
-                all layers are recomputed, and the inputs stay where they are.
+            every_n_layers, offload: transformers 5 can skip layers and offload inputs to the CPU; here all layers are
+                recomputed and nothing is offloaded.
         """
         if every_n_layers != 1 or offload:
             raise ValueError("every layer is recomputed and nothing is offloaded; leave out every_n_layers and offload")
@@ -305,7 +305,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         return self.is_gradient_checkpointing
 
     def enable_input_require_grads(self) -> None:
-        """Let gradients reach the embeddings' output though its weight is frozen, as adapters need."""
+        """Make the embedding's output require gradients even if its weight is frozen, as adapters need."""
         self.disable_input_require_grads()
         self._input_grads_hook = self.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output.requires_grad_(True)
@@ -315,14 +315,14 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         if hook := vars(self).pop("_input_grads_hook", None):
             hook.remove()
 
-    # -- in and out ---------------------------------------------------------------------------------------------------
+    # -- loading and saving -------------------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, config: LlamaConfig, **kwargs: Any) -> Self:
-        """A model of newly drawn weights, in the configuration's dtype; keywords take the place of its fields."""
+        """A newly initialised model in the configuration's dtype; keywords override its fields."""
         config, unused = cls._configuration(config, _meant(kwargs))
         if unused:
-            raise ValueError(f"from_config knows no {sorted(unused)[0]}")
+            raise ValueError(f"from_config has no argument {sorted(unused)[0]}")
         model = cls(config)
         return model if config.dtype is None else model.to(config.dtype)
 
@@ -330,8 +330,8 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
 
     @classmethod
     def _configuration(cls, config: Any, fields: dict[str, Any]) -> tuple[LlamaConfig, dict[str, Any]]:
-        """A configuration of this class (or `config`'s own, if it is one of ours) from a configuration, transformers'
-        too, or a file's dictionary; with `fields` in the places of its own, and those of them that it lacks."""
+        """Return a copy of `config` (ours, transformers' or a file's dictionary) with `fields` overriding its own, and
+        those of `fields` that it does not have. Its class stays if it is ours, and is this model's otherwise."""
         kind = type(config) if isinstance(config, LlamaConfig) else cls.config_class
         said = config if isinstance(config, dict) else config.to_dict()
         return kind.from_dict(said, return_unused_kwargs=True, **fields)
@@ -353,30 +353,30 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         generation_config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The model at a folder (safetensors or .bin, sharded or not, or Meta's consolidated.*.pth), a `.gguf` file, a
-        Hugging Face id or an alias, in eval mode.
+        """Load a model from a folder (safetensors or .bin, sharded or not, or Meta's consolidated.*.pth), a `.gguf`
+        file, a Hugging Face id or an alias, in eval mode.
 
-        Weights are mapped, not copied, where the file holds them in the dtype that is asked for: nothing is held twice,
-        and pages come in as they are used.
+        Weights that the file stores in the requested dtype are memory-mapped, not copied: nothing is held twice, and
+        pages are read on first use.
 
         Args:
-            config: a `LlamaConfig` (transformers' will do) in the place of the file's.
-            dtype: of the weights; "auto" is the file's, and the default. `torch_dtype` is transformers 4's name.
-            device: where to; `device_map` with one device ("auto", "cpu", {"": "cuda:0"}) does as well.
-            backend: as `set_backend`.
-            ignore_mismatched_sizes: draw a weight anew whose shape in the file is another, instead of an error.
-            output_loading_info: give (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
-            state_dict: weights that take the place of the file's.
-            generation_config: options of `generate` in the place of the file's.
-            kwargs: fields of the configuration that take the place of the file's; what a subclass's constructor takes
-                beside the configuration; and for the Hub `revision`, `token`, `cache_dir`, `local_files_only`,
-                `force_download`, `subfolder`, `gguf_file`, as `llama.checkpoints.find` explains them.
+            config: a `LlamaConfig` (or transformers') to use instead of the file's.
+            dtype: of the weights; "auto", the default, is the file's. `torch_dtype` is transformers 4's name.
+            device: the target device; a `device_map` with one device ("auto", "cpu", {"": "cuda:0"}) works too.
+            backend: see `set_backend`.
+            ignore_mismatched_sizes: reinitialise weights whose shape differs from the file's, instead of raising.
+            output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
+            state_dict: weights to use instead of the file's.
+            generation_config: options of `generate` to use instead of the file's.
+            kwargs: configuration fields that override the file's; extra arguments of a subclass's constructor; and for
+                the Hub `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`,
+                `gguf_file`, as explained in `llama.checkpoints.find`.
 
-        A head that the file lacks is drawn anew, with a warning, and so is what a subclass adds to the model. Base and
-        head models read each other's files.
+        A head that the file lacks is newly initialised, with a warning, and so is anything that a subclass adds. Base
+        models and models with a head read each other's files.
 
         Raises:
-            ValueError, OSError: a file, a tensor or an argument is missing, damaged or unfit; the message names it.
+            ValueError, OSError: a file, a tensor or an argument is missing, damaged or invalid; the message names it.
         """
         ops.check_backend(backend)
         where, hub, kwargs = pretrained_model_name_or_path, hub_options(kwargs), _meant(kwargs)
@@ -384,24 +384,24 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         if config is not None and not hasattr(config, "to_dict"):
             raise ValueError(f"config must be a LlamaConfig, got {_class_name(config)}")
         config, unused = cls._configuration(checkpoint.config if config is None else config, kwargs)
-        taken = inspect.signature(cls.__init__).parameters  # what a subclass wants to know beside the configuration
+        taken = inspect.signature(cls.__init__).parameters  # a subclass's constructor may take more arguments
         more = {name: unused.pop(name) for name in taken if name in unused}
         if unused:
             name = sorted(unused)[0]
             near = difflib.get_close_matches(name, [*vars(config), "dtype", "device", "backend", "device_map"], n=1)
-            raise ValueError(f"from_pretrained knows no {name}" + (f"; {near[0]} must be meant" if near else ""))
+            raise ValueError(f"from_pretrained has no argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
         config.name_or_path = str(where if isinstance(where, str) and where not in ALIASES else checkpoint.path)
         tensors = _Tensors(checkpoint, state_dict, cls.base_model_prefix)
         wanted = _wanted_dtype(torch_dtype if dtype is None else dtype, config, tensors)
         if config.num_hidden_layers > max(len(tensors.stored), 1000):
             raise ValueError(
                 f"{checkpoint.path}: the configuration asks for {config.num_hidden_layers} layers, and the file holds "
-                f"{len(tensors.stored)} tensors. Correct its configuration, or fetch it anew."
+                f"{len(tensors.stored)} tensors. Correct its configuration, or download it again."
             )
         before = LOADING.set(True)
         try:
             model = cls(config, **more)
-        except RuntimeError as error:  # more numbers than 63 bits count
+        except RuntimeError as error:  # more elements than 63 bits can count
             raise ValueError(f"{checkpoint.path}: the configuration asks for too large a model ({error})") from error
         finally:
             LOADING.reset(before)
@@ -421,7 +421,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         return (model, info) if output_loading_info else model
 
     def _load(self, tensors: "_Tensors", dtype: torch.dtype, device: torch.device, ignore_mismatched: bool) -> dict:
-        """Put the tensors in the places of the parameters and buffers; draw the parameters that are not there."""
+        """Load the tensors into the parameters and buffers; initialise the missing parameters."""
         files = tensors.stored
         head, embedding = (tensors.find(n) for n in ("lm_head.weight", f"{self.base_model_prefix}.embed_tokens.weight"))
         ties = self._tied_weights_keys and self.config.tie_word_embeddings
@@ -432,7 +432,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         kept = self.state_dict(keep_vars=True)
         parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
         first: dict[int, str] = {}
-        places = {name: [name] for name in buffers}  # a subclass may have put one parameter into several
+        places = {name: [name] for name in buffers}  # a subclass may use one parameter under several
         for name, parameter in self.named_parameters(remove_duplicate=False):
             places.setdefault(first.setdefault(id(parameter), name), []).append(name)
         wanted = parameters | {name: buffer for name, buffer in buffers.items() if name in kept}
@@ -448,13 +448,13 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
             if name in parameters and tensors.dtype(file) not in FLOATS:
                 kind = str(tensors.dtype(file)).removeprefix("torch.")
                 raise ValueError(
-                    f"{tensors.checkpoint.path}: {file} is stored as {kind}; quantised models cannot be read"
+                    f"{tensors.checkpoint.path}: {file} is stored as {kind}; quantised models are not supported"
                 )
             if was != now and not ignore_mismatched:
                 raise ValueError(
                     f"size mismatch for {name}: the file holds {tuple(was)}, the configuration asks for {tuple(now)}. "
-                    "Correct the configuration or fetch the model anew; in Python, ignore_mismatched_sizes=True draws "
-                    "such weights anew"
+                    "Correct the configuration or download the model again; in Python, ignore_mismatched_sizes=True "
+                    "reinitialises such weights"
                 )
             if was != now:
                 mismatched.append((name, was, now))
@@ -463,7 +463,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         drawn = [name for name in parameters if name not in found]
         for name in drawn:
             tensor: torch.Tensor = parameters[name]
-            if tensor.is_meta:  # one of our own, of which `_init_weights` draws all but the norms
+            if tensor.is_meta:  # one of our own; `_init_weights` initialises all but the norms
                 fill = torch.zeros if name.endswith("bias") else torch.ones
                 tensor = fill(tensor.shape, dtype=dtype, device=device)
             self._put(places[name], tensor, dtype, device)
@@ -486,7 +486,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         }
 
     def _put(self, names: list[str], tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        """A tensor into the places of a parameter or buffer, as `.to(device, dtype)` would leave it."""
+        """Replace a parameter or buffer, under all its names, by a tensor as `.to(device, dtype)` would leave it."""
         places = [(self.get_submodule(owner), leaf) for owner, _, leaf in (name.rpartition(".") for name in names)]
         old = getattr(*places[0])
         keeps_dtype = places[0][1] == "inv_freq" or not tensor.is_floating_point()
@@ -505,22 +505,22 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         safe_serialization: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Write config.json, generation_config.json and the weights into a folder, as transformers 4 and 5 read them.
+        """Save config.json, generation_config.json and the weights to a folder that transformers 4 and 5 can load.
 
-        All are written beside and take their places when they are whole; weights under other names go then.
+        Files are moved into place once all are complete; earlier weights under other names are then deleted.
 
         Args:
             max_shard_size: split the weights into files of at most this size: bytes, or "200MB", "5GB".
-            safe_serialization: safetensors; False writes pytorch_model.bin.
-            state_dict: other weights under this model's names.
+            safe_serialization: write safetensors; False writes pytorch_model.bin.
+            state_dict: weights to save instead, under this model's names.
         """
         if kwargs.pop("push_to_hub", False):
-            raise ValueError("push_to_hub is not there; save the folder and upload it with huggingface_hub")
+            raise ValueError("push_to_hub is not supported; save a folder and upload it with huggingface_hub")
         for name in ("save_function", "variant", "token", "save_peft_format"):
             if kwargs.pop(name, None) not in (None, True, torch.save):
-                raise ValueError(f"save_pretrained cannot follow {name}; leave it out")
+                raise ValueError(f"save_pretrained does not support {name}; leave it out")
         if kwargs:
-            raise ValueError(f"save_pretrained knows no {sorted(kwargs)[0]}")
+            raise ValueError(f"save_pretrained has no argument {sorted(kwargs)[0]}")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -543,14 +543,14 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
 
 
 def _meant(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that say something here."""
+    """The keywords that have an effect here."""
     return {
         name: value for name, value in kwargs.items() if name not in IDLE and not (name in ABSENT and value is None)
     }
 
 
 class _Tensors:
-    """The tensors of a checkpoint, or of a state dict, and which of them a model of this prefix asks for."""
+    """The tensors of a checkpoint or state dict, looked up by the names of a model with this prefix."""
 
     def __init__(self, checkpoint: Checkpoint, state_dict: Mapping[str, torch.Tensor] | None, prefix: str):
         self.checkpoint, self.state_dict = checkpoint, state_dict
@@ -558,15 +558,15 @@ class _Tensors:
         self.prefix = prefix and f"{prefix}."
 
     def is_body(self, name: str) -> bool:
-        """Whether a parameter of this name lies in the base model."""
+        """Whether a parameter of this name belongs to the base model."""
         return name.startswith(self.prefix)
 
     def is_llamas(self, name: str) -> bool:
-        """Whether every Llama's base model has it: an adapter that somebody put into a layer is another matter."""
+        """Whether every Llama's base model has it, unlike, say, an adapter added to a layer."""
         return self.is_body(name) and find("model." + name.removeprefix(self.prefix), "hugging_face") is not None
 
     def find(self, name: str, taken: Container[str] = ()) -> str | None:
-        """The file's name of a parameter: base models and those with a head read each other's files."""
+        """A parameter's name in the file, or None: base models and those with a head read each other's files."""
         names, inside = [name], name.removeprefix(self.prefix)
         if self.is_body(name):
             prefixes = (self.prefix, "model.", "transformer.", "") if self.prefix else ("model.", "transformer.", "")
@@ -577,7 +577,7 @@ class _Tensors:
         return as_torch(self.checkpoint.read(name)) if self.state_dict is None else self.state_dict[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's, without reading it."""
+        """A tensor's dtype, without reading it."""
         return torch_dtype(self.stored[name].dtype) if self.state_dict is None else self.state_dict[name].dtype
 
 
@@ -586,21 +586,22 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _class_name(value: Any) -> str:
-    """The name of its class, with its module where the class is called as ours is."""
+    """The name of its class, with the module if it has the same name as ours."""
     kind = type(value)
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ == LlamaConfig.__name__ else kind.__name__
 
 
 def _judge_missing(path: Path, cls: type, missing: list[str], tensors: _Tensors) -> None:
-    """A new head, or what a subclass adds, is meant to be missing in a base model's file; anything else is a damaged
-    model."""
+    """Warn about a missing head or a subclass's additions, which a base model's file lacks; raise for anything else."""
     body = [name for name in missing if tensors.is_llamas(name)]
     if body:
         more = f" and {len(body) - 1} others" if len(body) > 1 else ""
-        raise ValueError(f"{path}: the tensor {body[0]} is missing{more}. Correct its configuration, or fetch it anew.")
+        raise ValueError(
+            f"{path}: the tensor {body[0]} is missing{more}. Correct its configuration, or download it again."
+        )
     more = f" and {len(missing) - 4} others" if len(missing) > 4 else ""
     warnings.warn(
-        f"{path} holds no {', '.join(missing[:4])}{more}: {cls.__name__} draws them anew, and they must be trained",
+        f"{path} has no {', '.join(missing[:4])}{more}: {cls.__name__} initialises them, and they must be trained",
         stacklevel=3,
     )
 
@@ -621,7 +622,7 @@ def _one_device(device: Any, device_map: Any) -> torch.device:
             raise ValueError(f'device_map must name one device, {{"": device}}; got {dict(device_map)}')
         device_map = next(iter(device_map.values()))
     if device is not None and device_map is not None:
-        raise ValueError("device and device_map say the same; give one of them")
+        raise ValueError("device and device_map mean the same; pass only one of them")
     where = device if device_map is None else device_map
     if where in ("auto", "balanced", "sequential"):
         where = "cuda" if torch.cuda.is_available() else "cpu"
@@ -631,5 +632,5 @@ def _one_device(device: Any, device_map: Any) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be one that PyTorch knows, got {where!r}: {error}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {where!r}, and PyTorch finds no GPU here; use 'cpu'")
+        raise ValueError(f"device is {where!r}, but PyTorch finds no GPU; use 'cpu'")
     return found

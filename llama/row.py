@@ -1,9 +1,9 @@
-"""A step of decoding on a CPU: one row through the layers, in NumPy.
+"""A decoding step on a CPU: one row through the layers, in NumPy.
 
-Such a step reads every weight once and computes next to nothing, so what stands between the products counts, and
-NumPy's operations cost less there than PyTorch's (NOTES.md). So this is `LlamaDecoderLayer` once more for this one
-shape, with the same cache. If anything is not plain, such as an adapter or a hook anywhere in a layer, every layer runs
-as modules instead; a test checks that the two agree.
+Such a step reads every weight once and computes very little, so the overhead between the matrix products matters, and
+NumPy's operations have less of it than PyTorch's (NOTES.md). This module therefore reimplements `LlamaDecoderLayer` for
+this one shape, with the same cache. If any layer is customised, by an adapter or a hook for example, all layers run as
+modules instead; a test checks that the two agree.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def plan(model: "modeling.LlamaModel", cache: Any) -> Plan | None:
-    """The layers' weights for `read`; None where NumPy has not the rows, or a layer is more than this file says."""
+    """The layers' weights for `read`; None unless NumPy handles single rows here and every layer is a plain one."""
     if not ops.numpy_has_rows() or model.training or not (cache is None or isinstance(cache, Cache)):
         return None
     layers: Plan = []
@@ -36,7 +36,7 @@ def plan(model: "modeling.LlamaModel", cache: Any) -> Plan | None:
 
 
 def _arrays(layer: nn.Module) -> list[Arrays] | None:
-    """q, k, v, o, gate, up, down and the two norms. Dictionaries are asked, for nn.Module's own look-up is slow."""
+    """q, k, v, o, gate, up, down and the two norms, or None. Avoids nn.Module's attribute access, which is slow."""
     if type(layer) is not modeling.LlamaDecoderLayer or not ops.is_unwatched(layer):
         return None
     parts = layer._modules
@@ -70,12 +70,12 @@ def _arrays(layer: nn.Module) -> list[Arrays] | None:
 def read(
     layers: Plan, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], cache: Cache | None
 ) -> torch.Tensor:
-    """All layers on x (1, 1, E), the embedding of one token; gives what goes into the final norm."""
+    """Run all layers on x (1, 1, E), the embedding of one token; return the input of the final norm."""
     row = x.numpy().reshape(-1)
     cos, sin = (table.numpy().reshape(-1) for table in rotation)
     half = len(sin) // 2
-    sin = np.concatenate((-sin[:half], sin[half:]))  # rotate_half's sign, so that it only has to swap
-    with np.errstate(all="ignore"):  # as PyTorch, which says nothing of an overflow
+    sin = np.concatenate((-sin[:half], sin[half:]))  # with rotate_half's sign, which leaves only a swap
+    with np.errstate(all="ignore"):  # like PyTorch, which does not warn about overflows
         for attention, eps, (q, k, v, o, gate, up, down, (first, _), (second, _)) in layers:
             row = row + _attend(attention, q, k, v, o, _norm(row, first, eps), cos, sin, cache)
             normed = _norm(row, second, eps)

@@ -1,4 +1,4 @@
-"""`set_seed`, transformers' way to begin a script."""
+"""`set_seed`, as in transformers."""
 
 import random
 
@@ -10,12 +10,12 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     """Seed the generators of `random`, NumPy and PyTorch on every device.
 
     Args:
-        deterministic: let PyTorch take deterministic algorithms only, which can be slower.
+        deterministic: restrict PyTorch to deterministic algorithms, which can be slower.
 
     Raises:
-        ValueError: a seed that NumPy does not take: it must be from 0 to 2³² - 1.
+        ValueError: the seed is not between 0 and 2³² - 1, as NumPy requires.
     """
-    np.random.seed(seed)  # noqa: NPY002  (what others draw from)
+    np.random.seed(seed)  # noqa: NPY002  (the global generator that other code uses)
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:

@@ -1,4 +1,4 @@
-"""A model, its tokenizer and what it has read: what `llama generate` and `llama chat` run on."""
+"""A model with its tokenizer and cached text, on which `llama generate` and `llama chat` run."""
 
 import importlib.util
 import sys
@@ -17,19 +17,19 @@ BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 class Engine(Protocol):
-    """A model that writes after one text, and remembers what it has read."""
+    """A model that continues one text, and caches what it has read."""
 
     config: reference.Config
 
     @property
     def length(self) -> int:
-        """The tokens remembered."""
+        """The number of cached tokens."""
 
     def crop(self, length: int) -> None:
-        """Forget all tokens from place `length` on."""
+        """Drop all cached tokens from position `length` on."""
 
     def stream(self, ids: list[int], room: int, ends: Ends) -> Iterator[int]:
-        """Up to `room` tokens after `ids`, of which the first `length` are remembered; an end token is the last."""
+        """Yield up to `room` tokens after `ids`, whose first `length` are cached; stop after an end token."""
 
 
 class ReferenceEngine:
@@ -55,7 +55,7 @@ class ReferenceEngine:
 
 
 class TorchEngine:
-    """The model in PyTorch, on a GPU where there is one, with the kernels if the backend says so."""
+    """The PyTorch model, on a GPU if there is one, with the kernels if the backend says so."""
 
     def __init__(self, checkpoint: Checkpoint, sampler: reference.Sampler, backend: str = "auto"):
         import torch
@@ -77,7 +77,7 @@ class TorchEngine:
 
     @property
     def length(self) -> int:
-        layers = self.cache.layers  # Ctrl-C may have stopped a pass between two of them
+        layers = self.cache.layers  # Ctrl-C may have stopped a pass between two layers
         return min(layer.length for layer in layers) if len(layers) == self.config.num_hidden_layers else 0
 
     def crop(self, length: int) -> None:
@@ -96,7 +96,7 @@ class TorchEngine:
 
 
 def engine(checkpoint: Checkpoint, backend: str, sampler: reference.Sampler) -> Engine:
-    """The model of a checkpoint under the backend that was chosen; "auto" is PyTorch where it is installed."""
+    """The model of a checkpoint on the chosen backend; "auto" is PyTorch if it is installed."""
     installed = importlib.util.find_spec("torch") is not None
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -114,8 +114,8 @@ class Session:
 
     Args:
         model: a model folder, a `.gguf` file, a Hugging Face id or an alias.
-        backend: "torch", "triton", "reference", or "auto": PyTorch where it is installed, with Triton on a GPU.
-        max_new_tokens: the longest answer.
+        backend: "torch", "triton", "reference", or "auto": PyTorch if it is installed, with Triton on a GPU.
+        max_new_tokens: the maximum length of an answer.
         sampler: how its tokens are chosen.
     """
 
@@ -126,28 +126,28 @@ class Session:
         self.tokenizer = LlamaTokenizerFast(*checkpoint.tokenizer())
         self.eos_token_id = checkpoint.generation_config.get("eos_token_id", self.config.eos_token_id)
         self.max_new_tokens = max_new_tokens
-        self.ids: list[int] = []  # read and written so far; the engine remembers a beginning of them
+        self.ids: list[int] = []  # read and written so far; the engine caches a prefix of them
         self.seconds_to_first = self.seconds_after = 0.0
         self.tokens_read = self.tokens_written = 0
         self.was_cut = False
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of a conversation that waits for the assistant's answer."""
+        """The ids of a conversation, up to where the assistant's answer begins."""
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert isinstance(ids, list)
         return ids
 
     def answer(self, ids: list[int]) -> Iterator[str]:
-        """The model's continuation of `ids`, in pieces of whole characters.
+        """Yield the model's continuation of `ids`, in pieces of whole characters.
 
-        What `ids` shares with what was read before is not read again, so a long conversation costs only its news. Only
-        where RoPE's angles follow the length of the text is all of it read anew.
+        The prefix that `ids` shares with the previous call is cached, so each turn of a long conversation only costs
+        its new tokens. Only where RoPE's angles depend on the length of the text is everything read again.
         """
         if not ids:
             raise ValueError("the prompt is empty; give at least one word")
         if max(ids) >= self.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives {max(ids)}, and the model knows ids below {self.config.vocab_size}: "
+                f"the tokenizer gives {max(ids)}, but the model only knows ids below {self.config.vocab_size}: "
                 "they do not belong together"
             )
         limit = self.config.max_position_embeddings
@@ -180,7 +180,7 @@ class Session:
             yield piece
 
     def report(self) -> str:
-        """How fast the last answer came."""
+        """The speed of the last answer."""
         steps = self.tokens_written - 1
         rate = f"{steps / self.seconds_after:.1f} tokens/s" if steps else "no more than one step"
         reading = f"prompt of {self.tokens_read} tokens in {self.seconds_to_first:.1f} s"

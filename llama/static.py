@@ -1,11 +1,11 @@
-"""Every kernel in every shipped configuration, compiled for a GPU that is not there, and what came of it.
+"""Compile every kernel in every shipped configuration, for GPUs that need not be present, and check the machine code.
 
-The launch functions of `llama.kernels` run as in real use, on tensors without data (PyTorch's meta device), for
-a driver that only knows the GPU's name; a launch compiles and stops. So alignment, strides and tiles are those that a
-user meets. What is read from the machine code (`llama.machine_code`) is held against what the design wants: no
-spills, no double precision, matrix units where there are products, loads of 128 bits, no device scratch.
+The launch functions of `llama.kernels` run as in real use, but on tensors without data (PyTorch's meta device) and with
+a driver that knows only the GPU's name, so that a launch compiles and stops. Alignment, strides and tiles are therefore
+those of real use. What `llama.machine_code` reads from the result is checked against the design: no spills,
+no double precision, matrix units for products, 128-bit loads, no device scratch memory.
 
-Nothing here says that a kernel is right, or fast.
+This does not show that a kernel is correct or fast.
 """
 
 import contextlib
@@ -34,39 +34,39 @@ SMALL_PRODUCTS = {name: "MFMA" if name.startswith("gfx") else "HMMA" for name in
 
 
 class Case(NamedTuple):
-    """One call of a launch function, and what its machine code must have."""
+    """One call of a launch function, and the requirements on its machine code."""
 
     kernel: str
     shape: str
     launch: Callable[[], object]
-    mma: dict[str, str] | None = None  # the family of matrix instruction, by target
-    wide: bool = True  # whether the strides allow loads of 128 bits
-    sizes: dict[str, int] | None = None  # the letters of benchmarks/shapes.py, for the roofline; e are the bytes
+    mma: dict[str, str] | None = None  # the required family of matrix instructions, by target
+    wide: bool = True  # whether the strides allow 128-bit loads
+    sizes: dict[str, int] | None = None  # by the letters of benchmarks/shapes.py, for the roofline
     targets: tuple[str, ...] = tiles.FAMILIES  # those that have this kernel
-    overlaps: bool = False  # whether softmax should run while a product is under way
+    overlaps: bool = False  # whether softmax should overlap with a product
 
 
 class UnknownKernel(ValueError):
-    """A name that no kernel has."""
+    """There is no kernel of this name."""
 
 
 def work(targets: Iterable[str], kernel: str | None = None) -> list[tuple[str, Case]]:
-    """What there is to compile for these targets: the cases of one kernel, or of all.
+    """The cases to compile for these targets, of one kernel or of all.
 
     Raises:
-        UnknownKernel: a kernel that is not there. ValueError: kernels that the interpreter has.
+        UnknownKernel: there is no such kernel. ValueError: TRITON_INTERPRET is set.
     """
     refuse_interpreter()
     everything = cases()
     names = dict.fromkeys(case.kernel for case in everything)
     if kernel is not None and kernel not in names:
-        raise UnknownKernel(f"no kernel is called {kernel!r}; there are {', '.join(names)}")
+        raise UnknownKernel(f"unknown kernel {kernel!r}; choose from {', '.join(names)}")
     return [(target, case) for target in targets for case in everything
             if kernel in (None, case.kernel) and target in case.targets]  # fmt: skip
 
 
 def records(work: Iterable[tuple[str, Case]]) -> Iterator[dict[str, Any]]:
-    """One record per configuration; two cases may share one."""
+    """Yield one record per compiled configuration; cases may share one."""
     seen: set[tuple[str, str]] = set()
     for target, case in work:
         for record in build(case, target):
@@ -77,7 +77,7 @@ def records(work: Iterable[tuple[str, Case]]) -> Iterator[dict[str, Any]]:
 
 def refuse_interpreter() -> None:
     if launch.INTERPRETED:
-        raise ValueError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+        raise ValueError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
 
 
 def build(case: Case, target: str) -> list[dict[str, Any]]:
@@ -87,12 +87,12 @@ def build(case: Case, target: str) -> list[dict[str, Any]]:
     try:
         with pretending(TARGETS[target], built):
             case.launch()
-    except Exception as failed:  # whatever Triton, LLVM or ptxas throw is a finding
+    except Exception as failed:  # whatever Triton, LLVM or ptxas raises is a finding
         error = f"{type(failed).__name__}: {str(failed).strip() or 'no message'}"[-300:]
     head = {"kernel": case.kernel, "target": target}
     made = []
     for compiled, options, seconds in built:
-        joins = "BLOCK_P" in options  # the pieces of a decode attention, without products
+        joins = "BLOCK_P" in options  # merges the pieces of a decode attention, without products
         wanted = case.mma[target] if case.mma and not joins else None
         seen = machine_code.inspect(compiled, target)
         made.append(head | {
@@ -115,7 +115,7 @@ def build(case: Case, target: str) -> list[dict[str, Any]]:
 
 
 def roofline(case: Case, target: str) -> dict[str, Any] | None:
-    """Where the call stands under the target's roofline, where its sizes say what it must move and compute."""
+    """The call's place on the target's roofline, or None if the case gives no sizes."""
     if case.sizes is None:
         return None
     cost = COSTS[case.kernel]
@@ -123,7 +123,7 @@ def roofline(case: Case, target: str) -> dict[str, Any] | None:
 
 
 class _Driver:
-    """Of a GPU, its name alone: all that compiling asks for."""
+    """A driver that knows only the GPU's name, which is all that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -132,7 +132,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> tuple[str, object]:
-        return self.target.backend, self.target.arch  # the key of Triton's cache: targets stay apart
+        return self.target.backend, self.target.arch  # keys Triton's cache, so that targets do not mix
 
     def get_current_stream(self, device: object = None) -> int:
         return 0
@@ -140,7 +140,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def pretending(target: GPUTarget, built: list[tuple[Any, dict[str, Any], float]]) -> Iterator[None]:
-    """Within, the GPU is `target`, and a launch compiles, notes in `built` what came of it, and runs nothing."""
+    """Pretend that the GPU is `target`: a launch compiles, appends the result to `built`, and runs nothing."""
     before, inherited = driver._active, "__getitem__" not in vars(JITFunction)
     launched = JITFunction.__getitem__
 
@@ -166,7 +166,7 @@ def pretending(target: GPUTarget, built: list[tuple[Any, dict[str, Any], float]]
 
 
 def problems(record: dict[str, Any]) -> list[str]:
-    """What is wrong with a record, in words; the same for what we ship and for what a test makes wrong on purpose."""
+    """What is wrong with a record, one message per problem."""
     if record["error"]:
         return [f"does not compile: {record['error']}"]
     found = []
@@ -174,21 +174,21 @@ def problems(record: dict[str, Any]) -> list[str]:
     if record["spills"]:
         found.append("spills registers to memory")
     if record["shared_bytes"] > limit:
-        found.append(f"takes {record['shared_bytes']} bytes of shared memory, there are {limit}")
+        found.append(f"uses {record['shared_bytes']} bytes of shared memory, of {limit}")
     if record["tensor_memory"] > machine_code.TENSOR_MEMORY:
-        found.append(f"takes {record['tensor_memory']} columns of tensor memory")
+        found.append(f"uses {record['tensor_memory']} columns of tensor memory")
     if record["mma_wanted"] not in (None, record["mma"]):
-        found.append(f"should multiply by {record['mma_wanted']}, has {record['mma'] or 'no matrix instruction'}")
+        found.append(f"should use {record['mma_wanted']}, has {record['mma'] or 'no matrix instruction'}")
     if record["fp64"]:
         found.append("computes in double precision")
     if record["wide_wanted"] and not record["wide_loads"]:
-        found.append("has no load of 128 bits")
+        found.append("has no 128-bit load")
     if record["scratch_bytes"]:
         found.append("needs scratch memory on the device")
     if record["overlap_wanted"] and not record["overlapped"]:
-        found.append("computes no softmax while a product is under way")
+        found.append("does not overlap softmax with a product")
     if record["overlap_wanted"] and not record["register_moves"]:
-        found.append("has as many registers for the producer as for the consumers")
+        found.append("gives the producer as many registers as the consumers")
     if record["unguarded_arrivals"]:
         found.append("arrives at a barrier before all of its warps are done")
     if record["serialized"]:
@@ -197,7 +197,7 @@ def problems(record: dict[str, Any]) -> list[str]:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record for people."""
+    """A record as a line of text."""
     config = record["config"]
     tile = " ".join(f"{name.lower()}={config[name]}" for name in config if name.startswith(("BLOCK", "ROWS", "num_")))
     head = f"{record['target']:7}{record['kernel']:21}{config['shape']:33}"
@@ -210,13 +210,13 @@ def line(record: dict[str, Any]) -> str:
 
 
 def cases(device: str = "meta") -> list[Case]:
-    """Calls that between them reach every entry of `tiles`; on a real device their inputs have sensible values."""
+    """Calls that together use every entry of `tiles`; on a real device, their inputs have sensible values."""
     with torch.device(device):
         return [*_norms(), *_ropes(), *_gates(), *_losses(), *_prefills(), *_hoppers(), *_decodes(), *_gemvs()]
 
 
 def _heads(heads: int, size: int, dtype: torch.dtype, tokens: int = 1024) -> torch.Tensor:
-    """(2, heads, tokens, size) as projections make it: tokens outermost."""
+    """(2, heads, tokens, size), laid out like a projection's output: tokens outermost."""
     return torch.randn(2, tokens, heads, size, dtype=dtype).transpose(1, 2)
 
 
@@ -281,7 +281,7 @@ def _prefills() -> Iterator[Case]:
             yield _prefill(f"expanded {words}", D, expanded=True, **options)
             yield _prefill(words, D, FP32, **options)
         yield _prefill(words, 80, **options)
-        yield _prefill(words, 100, wide=False, **options)  # rows of 200 bytes: no descriptors, no loads of 128 bits
+        yield _prefill(words, 100, wide=False, **options)  # rows of 200 bytes: no descriptors, no 128-bit loads
     for words, options in (("padded", padding), ("packed", few), ("both", padding | few)):
         for D in (*tiles.HEAD_DIMS, 100):
             yield _prefill(f"short {words}", D, T=tiles.SHORT, wide=D != 100, **options)
@@ -292,7 +292,7 @@ def _prefills() -> Iterator[Case]:
 def _prefill(words: str, D: int, dtype: torch.dtype = BF16, T: int = 1024, expanded: bool = False, wide: bool = True,
              starts: Any = None, lengths: Any = None, first_keys: Any = None, mask: Any = None) -> Case:  # fmt: skip
     q, k = _heads(32, D, dtype, T), torch.randn(2, 1 if expanded else 8, 4096, D, dtype=dtype)
-    k = k.expand(2, 8, 4096, D)  # expanded: one head for all, a stride of 0, for which there are no descriptors
+    k = k.expand(2, 8, 4096, D)  # expanded: one head for all, with stride 0, which descriptors do not support
     products = None if dtype == FP32 else SMALL_PRODUCTS if T <= tiles.SHORT else LARGE_PRODUCTS
     call = partial(flash_attention._flash_attention.launch,
                    q, k, k, True, starts, lengths, first_keys, mask, 4096 - T, False)  # fmt: skip
@@ -301,7 +301,7 @@ def _prefill(words: str, D: int, dtype: torch.dtype = BF16, T: int = 1024, expan
 
 
 def _hoppers() -> Iterator[Case]:
-    """Every tile of flash_attention_hopper: plain, padded as the model pads, and with all that it takes."""
+    """Every tile of flash_attention_hopper: plain, padded as the model pads, and with all options."""
     starts, lengths = torch.zeros(2, dtype=torch.int32), torch.full((2,), 4096, dtype=torch.int32)
     padding: dict[str, Any] = {"starts": starts, "lengths": lengths, "mask": torch.ones(2, 4096, dtype=torch.bool)}
     for D in tiles.PREFILL_HOPPER:
@@ -315,7 +315,7 @@ def _hopper(words: str, D: int, dtype: torch.dtype, lse: bool = False,
             starts: Any = None, lengths: Any = None, first_keys: Any = None, mask: Any = None) -> Case:  # fmt: skip
     q, k = _heads(32, D, dtype), torch.randn(2, 8, 4096, D, dtype=dtype)
 
-    def call() -> None:  # Gluon is not everywhere where Triton is
+    def call() -> None:  # not every Triton has Gluon
         from .kernels import flash_attention_hopper as hopper
 
         out, sums = flash_attention._outputs(q, lse)
@@ -350,7 +350,7 @@ def _decode(words: str, D: int, dtype: torch.dtype = BF16, K: int = 8, wide: boo
 
 
 def _gemvs() -> Iterator[Case]:
-    """Llama-3-8B's width, for one row and as many as there may be; and one that no tile divides."""
+    """Llama-3-8B's width, for one row and for the most supported; and a width that no tile divides."""
     for rows in (1, gemv.MOST_ROWS):
         yield from _gemv(rows, 4096, BF16)
         yield from _gemv(rows, 4096, FP32)

@@ -1,4 +1,4 @@
-"""`llama verify`: does a backend compute what the reference computes for this model?"""
+"""`llama verify`: check that a backend computes what the reference computes for a model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ PROMPTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
     "Once upon a time there was a small fox who lived at the edge of a big forest. Every morning the fox",
 )
-# The largest error that a layer's output may have, relative to its largest number: about twice what a right model shows
-# at its worst. float32 sums in another order through a deep stack; the halves round, by up to 2^-11 and 2^-8 each time,
-# and where an outlier is about to be born a layer misses by a tenth in bfloat16 (NOTES.md).
+# The largest allowed error of a layer's output, relative to its largest value: about twice the worst of a correct
+# model. float32 sums in a different order through a deep stack; float16 and bfloat16 round by up to 2^-11 and 2^-8 each
+# time, and in bfloat16 a layer can be off by a tenth where an outlier is about to emerge (NOTES.md).
 BUDGET = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
-NEAR = 2e-2  # of the largest logit: two tokens so close may swap places in a half
+NEAR = 2e-2  # of the largest logit: tokens this close may swap places in half precision
 WAYS = ("prompt at once", "token by token")
 
 
 @dataclass
 class Report:
-    """What was found, for each of `WAYS`.
+    """The results for each of `WAYS`.
 
-    largest, relative: the largest error of the layers' inputs, the normed output and the logits, by themselves and over
-        the largest number there; arrays (ways, layers + 2).
-    agree: how many of the `tokens` next tokens are the same. near_ties: how many of the others stood within `NEAR` of
-        each other in the reference.
+    largest, relative: the largest error of the layers' inputs, the normalised output and the logits, absolute and
+        divided by the largest value there; arrays of shape (ways, layers + 2).
+    agree: how many of the `tokens` next tokens are equal. near_ties: how many of the others are within `NEAR` of each
+        other in the reference.
     """
 
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every error is within the budget (NaN is not), and every next token agrees or nearly ties."""
+        """Whether every error is within the budget (NaN is not), and every next token agrees or is a near tie."""
         same = self.agree + self.near_ties == self.tokens
         return bool((self.relative <= self.budget).all() and same.all())
 
@@ -68,11 +68,11 @@ class Report:
 
 
 def verify(checkpoint: Checkpoint, backend: str = "auto", dtype: str = "auto", prompts: tuple[str, ...] = ()) -> Report:
-    """Run the reference and a backend on the same texts, at once and token by token with a cache.
+    """Run the reference and a backend on the same texts, in one pass and token by token with a cache.
 
     Args:
-        dtype: the backend's; the reference computes in float32 from the file's own weights.
-        prompts: texts (default: `PROMPTS`); a model without a tokenizer gets random ids in their place.
+        dtype: the backend's; the reference computes in float32 from the stored weights.
+        prompts: texts (default: `PROMPTS`); a model without a tokenizer gets random ids instead.
     """
     params, config = reference.load(checkpoint)
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype, device="auto", backend=backend)
@@ -108,15 +108,15 @@ def _texts(checkpoint: Checkpoint, config: reference.Config, prompts: tuple[str,
     if any(not ids.size for ids in texts):
         raise ValueError("a prompt is empty; give at least one word")
     if (top := max(int(ids.max()) for ids in texts)) >= config.vocab_size:
-        raise ValueError(f"the tokenizer gives {top}, and the model knows ids below {config.vocab_size}")
+        raise ValueError(f"the tokenizer gives {top}, but the model only knows ids below {config.vocab_size}")
     return texts
 
 
 @torch.inference_mode()
 def _read(model: LlamaForCausalLM, ids: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """The layers' inputs, the normed output and the logits of a text (1, T): read at once, and token by token.
+    """Yield the layers' inputs, the normalised output and the logits of a text (1, T), for each of `WAYS`.
 
-    Where RoPE's angles follow the length, cached keys keep those of their own time, so all is read at once twice.
+    Where RoPE's angles depend on the length, cached keys keep those of their own step, so both are the single pass.
     """
 
     def arrays(out) -> list[np.ndarray]:

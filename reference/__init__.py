@@ -1,30 +1,30 @@
-"""LLaMA in NumPy: what the model means, written to be read.
+"""LLaMA in NumPy: the model's definition, written to be read.
 
-Read it in this order, an hour in all:
+Read it in this order, about an hour in all:
 
     norm          RMSNorm
-    rope          rotary position embedding, the documentation's six types
-    attention     who sees whom; grouped-query attention
+    rope          rotary position embedding, in the six types that transformers documents
+    attention     causal visibility; grouped-query attention
     feed_forward  the gated MLP and its activations
-    cache         why a new token costs one token
+    cache         why each new token costs only one token's work
     model         the block, the stack, the heads: a whole LLaMA
-    sampling      from logits to a token, and `generation`, the loop around it
-    loss          and `gradients`, the backward passes
-    flash         attention once more, block by block: the bridge to the kernels
-    config        the numbers that make a model, and the checks on them: to look things up in
-    loading       from files to arrays
+    sampling      from logits to a token; then `generation`, the loop around it
+    loss          then `gradients`, the backward passes
+    flash         attention again, block by block: the bridge to the kernels
+    config        the hyperparameters and their validation, to be consulted as needed
+    loading       from checkpoint files to arrays
 
-On a first reading skip what only a kernel needs: add_rms_norm, apply_rope_to_cache, decode_attention, gemv,
-gemv_swiglu and linear_cross_entropy. They say what the kernels of those names must compute.
+On a first reading, skip what only specifies a kernel: add_rms_norm, apply_rope_to_cache, decode_attention, gemv,
+gemv_swiglu and linear_cross_entropy. The kernels of the same names are tested against them.
 
-One alphabet throughout, in shape annotations (which the tests execute), comments and kernels. Sizes are capitals:
+Shape annotations (which the tests check at run time), comments and kernels share one notation. Sizes are capitals:
 
-    B batch           T new tokens (queries)    S all tokens seen (keys)
-    H query heads     K key/value heads         G = H / K, the query heads of a group
+    B batch           T new tokens (queries)    S all tokens so far (keys)
+    H query heads     K key/value heads         G = H / K, query heads per group
     D head_dim        E hidden_size             F intermediate_size         V vocab_size        half = D / 2
 
-Everything is a function of arrays; weights are arguments. Only caches are changed in place. The type of the arrays is
-kept: float32 to run a model, float64 to judge others by. Only RoPE's tables are always float32.
+Everything is a function of arrays, weights included; only caches are modified in place. Arrays keep their dtype:
+float32 to run a model, float64 as ground truth for others. Only RoPE's tables are always float32.
 """
 
 from .attention import attention, attention_weights, causal_visibility, decode_attention, softmax

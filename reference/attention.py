@@ -1,8 +1,8 @@
-"""Attention: every token gathers from the tokens it may see.
+"""Attention: every token gathers information from the tokens it may see.
 
-What a token may see is one array of truth values, `visible[b, t, s]`: query t of row b may look at key s. Causality,
-padding, a cache, a chunk from the middle of a text: all of them are expressed by this one array. With four keys, of
-which the first is padding, and the last three tokens as queries:
+Visibility is one boolean array, `visible[b, t, s]`: whether query t of row b may see key s. It expresses causality,
+padding, a cache and a chunk from the middle of a text alike. With four keys, the first of them padding, and the last
+three tokens as queries:
 
               key    0  1  2  3
     query 1          0  1  0  0
@@ -17,18 +17,18 @@ from jaxtyping import Bool, Float, Int, Shaped
 def causal_visibility(
     T: int, S: int, attention_mask: Int[np.ndarray, "B S"] | None = None
 ) -> Bool[np.ndarray, "#B T S"]:
-    """Who sees whom when the last T of S tokens are the queries.
+    """Return which keys each query sees when the last T of S tokens are the queries.
 
-    Query t stands at place S - T + t and sees the keys up to there, itself included, except those that
-    `attention_mask` marks as padding with 0. Padding on the left, on the right or in between is all the same here.
+    Query t is at position S - T + t and sees the keys up to and including its own position, except those that
+    `attention_mask` marks as padding with 0. Padding may be on the left, on the right or in between.
     """
     visible = np.tri(T, S, S - T, dtype=bool)[None]  # true where s <= S - T + t
     return visible if attention_mask is None else visible & (attention_mask[:, None] != 0)
 
 
 def softmax(scores: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*batch S"]:
-    """exp(x) / Σ exp(x), shifted by the maximum so that nothing overflows. A row of -∞ alone becomes zeros."""
-    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)  # initial: there may be no keys, S = 0
+    """exp(x) / Σ exp(x), shifted by the maximum to avoid overflow. A row that is all -∞ becomes zeros."""
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)  # initial: for S = 0, no keys
     out = scores - np.where(np.isneginf(top), 0, top)
     np.exp(out, out=out)
     total = out.sum(axis=-1, keepdims=True)
@@ -42,9 +42,9 @@ def attention_weights(
 ) -> Float[np.ndarray, "B H T S"]:
     """softmax_s(q_t · k_s / √D), over the keys that query t sees.
 
-    Query head h reads key/value head h // G, with G = H / K heads to a group (Ainslie et al. 2023, §2.2, where G counts
-    the groups; that neighbours make a group is the checkpoints' convention). Folding a group's heads into the time
-    axis, (B, K, G · T, D), lets one product with their shared keys serve all of them.
+    Query head h uses key/value head h // G, with G = H / K heads per group (Ainslie et al. 2023, §2.2, where G is the
+    number of groups; grouping adjacent heads is the checkpoints' convention). Folding a group's heads into the time
+    axis, (B, K, G · T, D), lets a single product with their shared keys serve all of them.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
@@ -71,8 +71,8 @@ def attention(
 
         o_t = Σ_s softmax_s(q_t · k_s / √D) v_s                      (Vaswani et al. 2017, eq. 1)
 
-    K = H is multi-head, K = 1 multi-query attention. A query that sees nothing gives zeros (transformers' eager
-    attention gives the mean of all values there; nobody reads either).
+    K = H is multi-head attention, K = 1 multi-query attention. The output of a query that sees nothing is zero
+    (transformers' eager attention returns the mean of all values; neither is ever used).
     """
     return weigh(attention_weights(q, k, visible), v)
 
@@ -85,14 +85,14 @@ def decode_attention(
     mask: Shaped[np.ndarray, "B S"] | None = None,
     block_table: Int[np.ndarray, "B n"] | None = None,
 ) -> Float[np.ndarray, "B H 1 D"]:
-    """One new token per row against a cache of which row b has filled the first `lengths[b]` places (None: all).
+    """Attention of one new token per row over a cache in which row b fills the first `lengths[b]` slots (None: all).
+
+    The model here does not use it; it specifies the kernel for this shape.
 
     Args:
-        mask: a place of 0 is padding and not seen.
-        block_table: the caches are pages (pages, K, page size, D), handed out in any order: row b's places are those of
-            the pages block_table[b, 0], block_table[b, 1] ... (Kwon et al. 2023, §4.1)
-
-    The model here has no need of it; a kernel for this one shape has.
+        mask: 0 marks a slot of padding, which is not seen.
+        block_table: the caches are pages (pages, K, page size, D), allocated in any order; row b's slots are those of
+            pages block_table[b, 0], block_table[b, 1] ... in turn (Kwon et al. 2023, §4.1)
     """
     if block_table is not None:  # (B, n, K, page, D) -> (B, K, n · page, D)
         k_cache, v_cache = (

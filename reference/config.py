@@ -1,4 +1,4 @@
-"""The numbers that make a LLaMA, and what they must satisfy."""
+"""The hyperparameters of a LLaMA and their validation."""
 
 import difflib
 import math
@@ -9,12 +9,12 @@ from typing import Any
 
 from .feed_forward import ACTIVATIONS
 
-# Keys of `rope_parameters` by RoPE type: (must be there, may be there); `rope_theta` may always be. The lists for
-# longrope hold one factor for each of the head_dim / 2 frequencies.
+# Keys of `rope_parameters` by RoPE type: (required, optional); `rope_theta` is always optional. longrope's lists hold
+# one factor for each of the head_dim / 2 frequencies.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # accepted; transformers reads it nowhere
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),  # accepted but unused, as in transformers
     "yarn": (
         {"factor"},
         {
@@ -36,7 +36,7 @@ ROPE_RANGES: dict[str, dict[str, float]] = {
     "low_freq_factor": {"above": 0},
     "high_freq_factor": {"above": 0},
 }
-# Keys of other types, or that published configurations carry, are ignored with a warning; any other key is an error.
+# Keys of other types, or found in published configurations, are ignored with a warning; any other key is an error.
 NAMES_OF_OTHERS = {"finetuned"}.union(*(required | optional for required, optional in ROPE_KEYS.values()))
 
 
@@ -44,11 +44,11 @@ NAMES_OF_OTHERS = {"finetuned"}.union(*(required | optional for required, option
 class Config:
     """transformers' `LlamaConfig`, field by field: same names, same defaults (those of LLaMA 7B).
 
-    `num_key_value_heads` and `head_dim` left out become `num_attention_heads` and
-    `hidden_size // num_attention_heads`. `rope_parameters` is transformers 5's spelling; `from_dict` also takes
-    4.x's `rope_theta` and `rope_scaling`. A value that cannot work raises a `ValueError` that names its field.
+    `num_key_value_heads` defaults to `num_attention_heads`, `head_dim` to `hidden_size // num_attention_heads`.
+    `rope_parameters` is transformers 5's spelling; `from_dict` also accepts 4.x's `rope_theta` and `rope_scaling`.
+    An invalid value raises a `ValueError` that names its field.
 
-    The fields from `bos_token_id` on are checked and kept, and do not change what `forward` computes.
+    The fields from `bos_token_id` on are validated and stored, but do not change what `forward` computes.
     """
 
     vocab_size: int = 32000
@@ -56,12 +56,12 @@ class Config:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below, never None afterwards
-    head_dim: int = None  # type: ignore[assignment]  # the same
+    num_key_value_heads: int = None  # type: ignore[assignment]  # set in __post_init__, never None afterwards
+    head_dim: int = None  # type: ignore[assignment]  # likewise
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # the same
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # likewise
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -97,12 +97,12 @@ class Config:
                 f"({self.num_key_value_heads}): every key/value head serves an equal group of query heads"
             )
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; known are {', '.join(sorted(ACTIVATIONS))}")
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; choose from {', '.join(sorted(ACTIVATIONS))}")
         _check_number("rms_norm_eps", self.rms_norm_eps, low=0)
         _check_number("initializer_range", self.initializer_range, low=0, high=1)
         _check_number("attention_dropout", self.attention_dropout, low=0, high=1)
         for name in ("rms_norm_eps", "initializer_range", "attention_dropout"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # a NumPy float64 would make all it meets so
+            object.__setattr__(self, name, float(getattr(self, name)))  # a NumPy float64 would promote float32 arrays
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -114,14 +114,14 @@ class Config:
         object.__setattr__(self, "rope_parameters", self._checked_rope(self.rope_parameters))
 
     def _checked_rope(self, given: dict[str, Any] | None) -> dict[str, Any]:
-        """`given` in its full form, type and defaults filled in; a `ValueError` where it cannot work."""
+        """Return `given` with its type and defaults filled in; raise `ValueError` if it is invalid."""
         if given is not None and not isinstance(given, dict):
             raise ValueError(f"rope_parameters must be a dictionary, got {given!r}")
         rope = {key: value for key, value in (given or {}).items() if value is not None}
         legacy_kind = rope.pop("type", "default")
         kind = rope.pop("rope_type", legacy_kind)
         if not isinstance(kind, str) or kind not in ROPE_KEYS:
-            raise ValueError(f"rope_type {kind!r} is unknown; known are {', '.join(ROPE_KEYS)}")
+            raise ValueError(f"rope_type {kind!r} is unknown; choose from {', '.join(ROPE_KEYS)}")
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor must be 1.0: LLaMA rotates the whole head")
         rope.setdefault("rope_theta", 10000.0)
@@ -136,9 +136,9 @@ class Config:
             raise ValueError(f"rope_parameters of type {kind!r} lack {', '.join(sorted(missing))}")
         known = required | optional | {"rope_theta"}
         if unused := rope.keys() - known:
-            what = f"rope_parameters of type {kind!r} do not know {', '.join(sorted(unused))}"
+            what = f"rope_parameters of type {kind!r} do not accept {', '.join(sorted(unused))}"
             if unused - NAMES_OF_OTHERS:
-                raise ValueError(f"{what}; known are {', '.join(sorted(known))}")
+                raise ValueError(f"{what}; valid keys are {', '.join(sorted(known))}")
             warnings.warn(what, stacklevel=4)
             rope = {key: value for key, value in rope.items() if key in known}
 
@@ -146,8 +146,8 @@ class Config:
             name = f"rope_parameters[{key!r}]"
             if key in ("short_factor", "long_factor"):
                 if not isinstance(value, list) or len(value) != self.head_dim // 2:
-                    length = f"{len(value)} of them" if isinstance(value, list) else repr(value)
-                    raise ValueError(f"{name} must list head_dim / 2 = {self.head_dim // 2} numbers, got {length}")
+                    length = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+                    raise ValueError(f"{name} must contain head_dim / 2 = {self.head_dim // 2} numbers, got {length}")
                 for number in value:
                     _check_number(f"each number of {name}", number, above=0)
             elif key == "truncate":
@@ -155,7 +155,7 @@ class Config:
                     raise ValueError(f"{name} must be true or false, got {value!r}")
             elif key == "original_max_position_embeddings":
                 _check_positive_int(name, value)
-            elif kind == "longrope" and key == "factor":  # the ratio of two lengths, as a rule
+            elif kind == "longrope" and key == "factor":  # usually the ratio of two lengths; may be below 1
                 _check_number(name, value, above=0)
             else:
                 _check_number(name, value, **ROPE_RANGES.get(key, {"low": 0}))
@@ -168,17 +168,17 @@ class Config:
 
     @property
     def angles_follow_length(self) -> bool:
-        """Whether RoPE turns by angles that depend on the length of the text: such a text must be read at once."""
+        """Whether RoPE's angles depend on the length of the text, which must then be processed in one pass."""
         rope = self.rope_parameters
         return rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Config":
-        """A Config from the contents of a config.json, as transformers 4.x or 5.x writes it.
+        """Build a Config from the contents of a config.json, as written by transformers 4.x or 5.x.
 
-        Keys that say nothing about the computation (`architectures`, `torch_dtype` ...) are passed over, so a file
-        with more in it loads. Both spellings of RoPE are read: `rope_theta` and `rope_scaling` (`type` or
-        `rope_type`), or `rope_parameters`; given both, `rope_scaling` wins, as in transformers.
+        Keys that do not affect the computation (`architectures`, `torch_dtype` ...) are ignored, but a likely
+        misspelling of a field raises an error. Both spellings of RoPE are accepted: `rope_theta` and `rope_scaling`
+        (`type` or `rope_type`), or `rope_parameters`; given both, `rope_scaling` wins, as in transformers.
         """
         if not isinstance(data, dict):
             raise ValueError(f"a configuration must be a dictionary, got {type(data).__name__}")
@@ -201,11 +201,11 @@ class Config:
         known = {field.name for field in fields(cls)}
         for key in data.keys() - known:
             if meant := difflib.get_close_matches(key, known, n=1, cutoff=0.92):
-                raise ValueError(f"{key} is unknown; {meant[0]} must be meant")
+                raise ValueError(f"{key} is unknown; did you mean {meant[0]}?")
         values = {key: value for key, value in data.items() if key in known}
         if data.get("id2label") and isinstance(data["id2label"], dict):
             values["num_labels"] = len(data["id2label"])
-        for name in ("pretraining_tp", "attention_dropout"):  # transformers allows null for "as by default"
+        for name in ("pretraining_tp", "attention_dropout"):  # null means the default in transformers
             if values.get(name, 0) is None:
                 del values[name]
         return cls(**(values | {"rope_parameters": rope}))

@@ -10,16 +10,16 @@ Array = Float[np.ndarray, "..."]
 
 
 def linear(x: Float[np.ndarray, "*batch I"], params: dict, name: str) -> Float[np.ndarray, "*batch O"]:
-    """W x (+ b). Checkpoints store W as (out, in), so every row of x meets every row of W."""
+    """W x (+ b). Checkpoints store W as (out, in), hence the transpose."""
     weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-    y = x.reshape(-1, x.shape[-1]) @ weight.T  # all tokens of the batch in one product: W is read once
+    y = x.reshape(-1, x.shape[-1]) @ weight.T  # one product for the whole batch, so W is read once
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], -1)
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + e^-x). Where e^-x overflows to infinity the quotient is 0, which is right."""
+    """1 / (1 + e^-x). If e^-x overflows to infinity the result is 0, which is correct."""
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-x))
 
@@ -30,16 +30,16 @@ def silu(x: Array) -> Array:
 
 
 def _erf(x: Array) -> Array:
-    return np.vectorize(math.erf, otypes=[x.dtype])(x)  # NumPy has none of its own
+    return np.vectorize(math.erf, otypes=[x.dtype])(x)  # NumPy has no erf
 
 
 def gelu(x: Array) -> Array:
-    """x · Φ(x), Φ the normal distribution function             (Hendrycks & Gimpel 2016)"""
+    """x · Φ(x), Φ being the standard normal CDF                (Hendrycks & Gimpel 2016)"""
     return 0.5 * x * (1 + _erf(x * 2**-0.5))
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU by tanh                                             (Hendrycks & Gimpel 2016, §2)"""
+    """The tanh approximation of GELU                           (Hendrycks & Gimpel 2016, §2)"""
     return 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
@@ -48,7 +48,7 @@ def mish(x: Array) -> Array:
     return x * np.tanh(np.logaddexp(0, x))
 
 
-# `hidden_act`: the functions without parameters of their own, by transformers' names. Meta's models all say silu.
+# The values of `hidden_act`: transformers' activations without learned parameters. Meta's models all use silu.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": silu,
     "swish": silu,
@@ -76,19 +76,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def swiglu(gate: Float[np.ndarray, "*batch F"], up: Float[np.ndarray, "*batch F"]) -> Float[np.ndarray, "*batch F"]:
-    """silu(gate) · up: one projection decides how much of the other passes    (Shazeer 2020, eq. 5, no biases)"""
+    """silu(gate) · up: one projection gates the other                         (Shazeer 2020, eq. 5, no biases)"""
     return silu(gate) * up
 
 
 def gemv(x: Float[np.ndarray, "R I"], *weights: Float[np.ndarray, "_ I"]) -> Float[np.ndarray, "R O"]:
-    """x Wᵀ for several weights, results side by side. The model here has no need of it; a kernel for decoding has."""
+    """x Wᵀ for several weights, concatenated. The model here does not use it; it specifies a kernel for decoding."""
     return np.concatenate([x @ weight.T for weight in weights], axis=1)
 
 
 def gemv_swiglu(
     x: Float[np.ndarray, "R I"], gate: Float[np.ndarray, "F I"], up: Float[np.ndarray, "F I"]
 ) -> Float[np.ndarray, "R F"]:
-    """The first half of `feed_forward`, for silu. The model here has no need of it; a kernel for decoding has."""
+    """The first half of `feed_forward`, for silu. Like `gemv`, it only specifies a kernel for decoding."""
     return swiglu(x @ gate.T, x @ up.T)
 
 

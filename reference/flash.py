@@ -1,4 +1,4 @@
-"""Flash attention: the same attention, without ever holding a row of scores. The bridge to the kernel."""
+"""Flash attention: the same result without ever holding a full row of scores. The bridge to the kernel."""
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -19,28 +19,28 @@ def flash_attention(
     block_q: int = 64,
     block_k: int = 64,
 ) -> Float[np.ndarray, "B H T D"] | tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B H T"]]:
-    """`attention`, block of keys by block of keys  (Milakov & Gimelshein 2018; Dao et al. 2022; Dao 2023, alg. 1)
+    """`attention`, one block of keys at a time  (Milakov & Gimelshein 2018; Dao et al. 2022; Dao 2023, alg. 1)
 
-    A softmax over keys that arrive in pieces needs only three things per query: the largest score so far m, the sum
-    of exponentials so far l, and the weighted sum of values so far. When a block raises the maximum from m to m',
-    what was summed before is worth exp(m - m') of what it was:
+    A softmax over keys that arrive in blocks needs only three running values per query: the maximum score m, the sum of
+    exponentials l and the weighted sum of values acc. When a block raises the maximum from m to m', the previous sums
+    are rescaled by exp(m - m'):
 
         l' = exp(m - m') l + Σ exp(score - m')          acc' = exp(m - m') acc + Σ exp(score - m') v
 
-    and acc / l at the end is the output. Nothing of size T × S exists at any time.
+    The output is acc / l at the end. Nothing of size T × S is ever held in memory.
 
     Args:
-        causal: query t, standing at place `offset` + t, sees the keys up to its own place; else it sees all.
+        causal: query t, at position `offset` + t, sees the keys up to and including its own position; else all keys.
         starts, lengths: row b's keys are those at starts[b] <= s < lengths[b] (default: all S). Left padding is a
-            start above 0, right padding a length below S; both count from place 0.
-        offset: the place of query 0 among the keys (default S - T: the queries are the last T tokens).
-        return_lse: also return m + ln l, the log of each query's sum of exponentials (-∞ where it sees nothing),
-            with which outputs over different keys can be combined and the backward pass finds its softmax again.
-        first_keys: query t sees no key before first_keys[b, t]: several texts in one row stay apart.
-        cu_seqlens: the same by the borders of the texts, from 0 to T, alike in every row ("cumulative sequence
+            start above 0, right padding a length below S; both count from position 0.
+        offset: the position of query 0 among the keys (default S - T: the queries are the last T tokens).
+        return_lse: also return m + ln l, the log-sum-exp of each query's scores (-∞ if it sees nothing). It is needed
+            to combine outputs over disjoint sets of keys and to recompute the softmax in the backward pass.
+        first_keys: query t sees no key before first_keys[b, t], which separates texts packed into one row.
+        cu_seqlens: the same, as the boundaries of the texts from 0 to T, shared by all rows ("cumulative sequence
             lengths").
-        mask: a key of 0 is padding and not seen.
-        block_q, block_k: queries and keys held at a time; they change speed and rounding only.
+        mask: 0 marks a padded key, which is not seen.
+        block_q, block_k: block sizes of queries and keys; they affect only speed and rounding.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
@@ -62,13 +62,13 @@ def flash_attention(
                 place = offset + np.arange(t0, t1)[:, None]  # (block_q, 1)
                 low = first_keys[b, t0:t1, None]  # (block_q, 1)
                 m = np.full((t1 - t0, 1), -np.inf, q.dtype)
-                l = np.zeros((t1 - t0, 1), q.dtype)  # noqa: E741  (the paper's letter)
+                l = np.zeros((t1 - t0, 1), q.dtype)  # noqa: E741  (the paper's notation)
                 acc = np.zeros((t1 - t0, D), q.dtype)
                 first = max(int(starts[b]), int(low.min()))
-                last = min(int(lengths[b]), offset + t1) if causal else int(lengths[b])  # later keys: seen by none
+                last = min(int(lengths[b]), offset + t1) if causal else int(lengths[b])  # no query sees later keys
                 for s0 in range(first, last, block_k):
                     s1 = min(s0 + block_k, last)
-                    scores = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T  # a group's heads share their key
+                    scores = (q[b, h, t0:t1] * D**-0.5) @ k[b, h // G, s0:s1].T  # a group's heads share one key head
                     key = np.arange(s0, s1)
                     seen = (key >= low) & (key <= place) if causal else key >= low
                     if mask is not None:

@@ -1,4 +1,4 @@
-"""Writing: the model's own words, fed back to it one at a time."""
+"""Autoregressive generation: each new token is fed back to the model."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from .config import Config
 from .model import Params, forward
 from .sampling import GREEDY, Sampler
 
-PREFILL_CHUNK = 256  # tokens of a prompt at a time: scores take chunk × length numbers per head, not length²
+PREFILL_CHUNK = 256  # prompt tokens per forward pass: scores take chunk × length numbers per head, not length²
 
 
 def generate(
@@ -24,19 +24,19 @@ def generate(
     sampler: Sampler = GREEDY,
     cache: KVCache | None = None,
 ) -> Int[np.ndarray, "B S"]:
-    """The prompts and what the model writes after them, (batch, length).
+    """Return the prompts followed by the generated tokens, (batch, length).
 
     Args:
         input_ids: (B, T) integers, the prompts; shorter ones are padded on the left.
-        max_new_tokens: stop after so many, at the latest.
-        eos_token_id: a row ends with any of these; None never stops. The call returns when all rows have ended.
-        attention_mask: (B, T) of 0 (padding) and 1; must be given when there is padding.
-        pad_token_id: fills rows that ended before the others (default: the first end token).
+        max_new_tokens: the maximum number of tokens to generate.
+        eos_token_id: any of these ends a row; None disables early stopping. The call returns when all rows have ended.
+        attention_mask: (B, T) of 0 (padding) and 1; required if there is padding.
+        pad_token_id: fills rows that end before the others (default: the first EOS token).
         sampler: how tokens are chosen (default: greedy).
-        cache: a cache that holds the first tokens of `input_ids` already; they are not computed again.
+        cache: a cache that already holds the first tokens of `input_ids`, which are not recomputed.
 
     Raises:
-        ValueError: as `forward`; or padding on the right, no room for a token, nothing left to read.
+        ValueError: as `forward`; or right padding, a `max_new_tokens` below 1, or a cache that covers all `input_ids`.
     """
     tokens = list(stream(params, config, input_ids, max_new_tokens, eos_token_id, attention_mask, pad_token_id,
                          sampler, cache))  # fmt: skip
@@ -54,13 +54,13 @@ def stream(
     sampler: Sampler = GREEDY,
     cache: KVCache | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
-    """`generate`, token by token: yields each step's new token of every row as soon as it is known."""
+    """Like `generate`, but yield each step's new token for every row as soon as it is known."""
     text = np.asarray(input_ids)
     if text.ndim != 2 or text.shape[1] == 0:
         raise ValueError(f"input_ids must be of shape (batch, length > 0), got {text.shape}")
     B, T = text.shape
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, and a whole number, got {max_new_tokens!r}")
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     ends = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     named = [("eos_token_id", end) for end in ends]
     if pad_token_id is not None:
@@ -71,13 +71,13 @@ def stream(
     pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     mask = np.ones((B, T), np.int64) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != (B, T):
-        raise ValueError(f"attention_mask must be {(B, T)}, as input_ids, got {mask.shape}")
+        raise ValueError(f"attention_mask must be {(B, T)}, like input_ids, got {mask.shape}")
     if not mask[:, -1].all():
-        raise ValueError("generation continues the last token: pad prompts on the left (attention_mask ends with 0)")
+        raise ValueError("generation continues from the last token: pad prompts on the left (attention_mask ends in 0)")
     cache = KVCache(config.num_hidden_layers) if cache is None else cache
     if cache.length >= T:
         raise ValueError(
-            f"the cache holds {cache.length} tokens; input_ids must hold those and at least one more, got {T}"
+            f"the cache holds {cache.length} tokens; input_ids must contain those and at least one more, got {T}"
         )
     return _steps(params, config, text, mask, max_new_tokens, ends, pad, sampler, cache)
 
@@ -93,7 +93,7 @@ def _steps(
     sampler: Sampler,
     cache: KVCache,
 ) -> Iterator[Int[np.ndarray, "B"]]:
-    """Apart from `stream`, so that wrong arguments raise at the call and not at the first token."""
+    """Separate from `stream` so that invalid arguments raise at the call, not at the first token."""
     rng = np.random.default_rng(sampler.seed)
     running = np.ones(len(text), bool)
     chunk = text.shape[1] if config.angles_follow_length else PREFILL_CHUNK

@@ -1,4 +1,4 @@
-"""The backward passes the kernels are held against: each takes the gradient of its output and gives its inputs'.
+"""Backward passes: each maps the gradient of a function's output to those of its inputs. No kernels implement them yet.
 
 `dy` stands for ∂loss/∂y. The shapes are those of the forward functions.
 """
@@ -22,7 +22,7 @@ def rms_norm_backward(
 
         r = 1 / sqrt(mean(x²) + ε),   dx = r · (dy·w - x · r² · mean(dy·w·x)),   dw = Σ dy · x · r
 
-    The second term of dx is the part of the gradient that would only change the length of x; the norm takes that away.
+    The second term of dx removes the gradient's component along x: rescaling x does not change the output, up to ε.
     """
     r = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
     g = dy * weight
@@ -36,9 +36,9 @@ def apply_rope_backward(
     cos: Float[np.ndarray, "#B T D"],
     sin: Float[np.ndarray, "#B T D"],
 ) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
-    """(dq, dk) before the rotation of `apply_rope`: the same rotation backwards.
+    """(dq, dk) of `apply_rope`, from those of its outputs: the inverse rotation.
 
-    dx = dx' · cos - rotate_half(dx' · sin); for tables whose halves are equal that is apply_rope with -sin.
+    dx = dx' · cos - rotate_half(dx' · sin); for tables whose halves are equal this is apply_rope with -sin.
     """
     cos, sin = cos[:, None], sin[:, None]
     return dq * cos - rotate_half(dq * sin), dk * cos - rotate_half(dk * sin)
@@ -66,13 +66,13 @@ def attention_backward(
 
         dv = Pᵀ do,   dP = do vᵀ,   dS = P · (dP - rowsum(P · dP)),   dq = dS k / √D,   dk = dSᵀ q / √D
 
-    P are the attention weights; dP and dS the gradients of P and of the scores before the softmax (the paper's letters:
-    in the code S is the number of keys). A key/value head collects from all query heads of its group. A query that saw
-    nothing has P = 0, and neither gives nor gets a gradient.
+    P are the attention weights; dP and dS are the gradients of P and of the scores before the softmax (the paper's
+    notation; in the code S is the number of keys). A key/value head accumulates over all query heads of its group. A
+    query that sees nothing has P = 0 and neither contributes nor receives a gradient.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    grouped = (B, K, H // K * T)  # the heads of a group and their queries, in one axis
+    grouped = (B, K, H // K * T)  # a group's heads and their queries in one axis
     P = attention_weights(q, k, visible).reshape(*grouped, S)
     do = dout.reshape(*grouped, D)
     dv = P.swapaxes(-1, -2) @ do
@@ -86,11 +86,11 @@ def attention_backward(
 def cross_entropy_backward(
     logits: Float[np.ndarray, "*batch V"], labels: Int[np.ndarray, "*batch"], ignore_index: int = -100
 ) -> Float[np.ndarray, "*batch V"]:
-    """dlogits of `cross_entropy`, for a gradient of 1 from above.
+    """dlogits of `cross_entropy` (the mean), for an upstream gradient of 1.
 
-        dlogits = (softmax(logits) - onehot(label)) / n     over the n judged positions
+        dlogits = (softmax(logits) - onehot(label)) / n     at the n positions that count
 
-    0 elsewhere, and everywhere when nothing is judged (where the loss is NaN). Raises as `cross_entropy` does.
+    0 elsewhere, and everywhere if no position counts (the loss is then NaN). Raises as `cross_entropy` does.
     """
     counted = judged(labels, logits.shape[-1], ignore_index)
     dlogits = np.zeros_like(logits)

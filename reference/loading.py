@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 def load(
     where: "str | os.PathLike[str] | Checkpoint", dtype: type[np.floating] = np.float32, **hub_options: Any
 ) -> tuple[Params, Config]:
-    """Read a model: `params, config = load("smollm2")`.
+    """Load a model: `params, config = load("smollm2")`.
 
     Args:
         where: a folder in Hugging Face's layout (config.json and safetensors or .bin, sharded or not) or in Meta's
-            (params.json and consolidated.*.pth), a `.gguf` file, a Hugging Face id, or the alias "smollm2", both of
-            which are fetched the first time. Or a checkpoint that `llama.checkpoints` has opened.
-        dtype: float32 or float64, what the arrays are given in. A tensor that is stored so is mapped, not read: the
-            file's pages come in as they are used, and nothing is held twice.
-        hub_options: `revision`, `token` and whatever else `llama.checkpoints.find` takes.
+            (params.json and consolidated.*.pth); a `.gguf` file; a Hugging Face id or the alias "smollm2", downloaded
+            on first use; or a checkpoint opened by `llama.checkpoints`.
+        dtype: float32 or float64, the dtype of the arrays. Tensors stored in that dtype are memory-mapped: pages are
+            read as they are used, and nothing is held twice.
+        hub_options: `revision`, `token` and whatever else `llama.checkpoints.find` accepts.
 
     Raises:
         ValueError, OSError: a file is missing, damaged or not a LLaMA; the message names it.
     """
-    # The one import of ours, and a late one: the readers in `llama.checkpoints` build on this package.
+    # The only import from outside this package, and deferred because `llama.checkpoints` imports this package.
     from llama.checkpoints import open_checkpoint, read_tensors
 
     if np.dtype(dtype) not in (np.float32, np.float64):
-        raise ValueError(f"dtype must be float32 or float64, in which the reference computes; got {np.dtype(dtype)}")
+        raise ValueError(f"dtype must be float32 or float64, which the reference computes in; got {np.dtype(dtype)}")
     checkpoint = open_checkpoint(where, wanted="parameters", **hub_options)
     data, names = checkpoint.config, set(checkpoint.tensors)
     with _naming(checkpoint.path):
@@ -55,7 +55,7 @@ def load(
 
 
 def _untied_if_they_differ(checkpoint: "Checkpoint", config: Config) -> Config:
-    """A head of its own in the file outweighs `tie_word_embeddings`, as in transformers 5; an equal one is the tie."""
+    """Untie a head whose weights in the file differ from the embedding's, as transformers 5 does; else keep the tie."""
     if np.array_equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")):
         return config
     warnings.warn(f"{checkpoint.path}: lm_head.weight differs from the embedding, so they are not tied", stacklevel=3)
@@ -63,7 +63,7 @@ def _untied_if_they_differ(checkpoint: "Checkpoint", config: Config) -> Config:
 
 
 def _tensors_to_read(config: Config, names: set[str]) -> Iterator[str]:
-    """Those of a language model, or of a classifier, which has a `score` and needs no `lm_head`."""
+    """Yield the tensors of a language model, or of a classifier, which has a `score` and needs no `lm_head`."""
     classifier = "score.weight" in names
     for name, _ in parameter_shapes(config, classifier):
         if name not in names:
@@ -75,8 +75,8 @@ def _tensors_to_read(config: Config, names: set[str]) -> Iterator[str]:
 
 @contextmanager
 def _naming(path: os.PathLike[str]) -> Iterator[None]:
-    """Put the file before what is wrong with it, and the way out behind."""
+    """Prefix a ValueError with the file's path and append how to fix it."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}. Correct its configuration, or fetch the model anew.") from error
+        raise ValueError(f"{path}: {error}. Correct its configuration, or download the model again.") from error

@@ -1,4 +1,4 @@
-"""The model: embedding, blocks, a last norm, and a head on top.
+"""The model: embedding, blocks, a final norm, and a head on top.
 
 `params` is a flat dictionary of arrays under the checkpoint's own names ("model.layers.0.self_attn.q_proj.weight").
 There is no model object: a LLaMA is this dictionary, a `Config`, and the functions below.
@@ -21,12 +21,12 @@ Params = dict[str, np.ndarray]
 
 
 class Output(NamedTuple):
-    """What `forward` gives.
+    """What `forward` returns.
 
-    logits: next-token scores, of the last `logits_to_keep` positions where that was given.
-    cache: the `KVCache` that holds these tokens now, the one that was handed in or a new one.
+    logits: next-token scores, for the last `logits_to_keep` positions if that was given.
+    cache: the `KVCache` that now holds these tokens: the one passed in, or a new one.
     hidden_states: the input of every block (B, T, E), then the final norm's output: num_hidden_layers + 1 arrays.
-    attentions: the weights (B, H, T, S) of every block. Both are None unless asked for.
+    attentions: the weights (B, H, T, S) of every block. Like `hidden_states`, None unless requested.
     """
 
     logits: Float[np.ndarray, "B kept V"]
@@ -36,7 +36,7 @@ class Output(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """What `decoder` gives: as `Output`, with the final norm's output in the logits' place."""
+    """What `decoder` returns: as `Output`, with the final norm's output in place of the logits."""
 
     last_hidden_state: Float[np.ndarray, "B T E"]
     cache: KVCache
@@ -53,7 +53,7 @@ def self_attention(
     visible: Bool[np.ndarray, "#B T S"],
     cache: KVCache,
 ) -> tuple[Float[np.ndarray, "B T E"], Float[np.ndarray, "B H T S"]]:
-    """Project to heads, rotate, remember, attend, project back. Gives the output and the attention weights."""
+    """Project to heads, rotate, cache, attend, project back. Return the output and the attention weights."""
     prefix = f"model.layers.{layer}.self_attn"
     B, T, _ = x.shape
 
@@ -62,7 +62,7 @@ def self_attention(
 
     q, k = apply_rope(heads("q_proj"), heads("k_proj"), *tables)
     keys, values = cache.append(layer, k, heads("v_proj"))
-    weights = attention_weights(q, keys, visible)  # attention() in its two steps: the weights may be asked for
+    weights = attention_weights(q, keys, visible)  # attention() in two steps: the weights may be requested
     out = weigh(weights, values).swapaxes(1, 2).reshape(B, T, -1)  # (B, T, H · D); H · D need not be E
     return linear(out, params, f"{prefix}.o_proj"), weights
 
@@ -78,8 +78,8 @@ def block(
 ) -> tuple[Float[np.ndarray, "B T E"], Float[np.ndarray, "B H T S"]]:
     """x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    The norms stand inside the branches; x itself is never normalised on its way up, which keeps the training of deep
-    stacks stable (Touvron et al. 2023, §2.2).
+    The norms are inside the branches; x itself is never normalised on its way up, which keeps training deep stacks
+    stable (Touvron et al. 2023, §2.2).
     """
     prefix = f"model.layers.{layer}"
     normed = rms_norm(x, params[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
@@ -100,7 +100,7 @@ def decoder(
     output_attentions: bool = False,
     inputs_embeds: np.ndarray | None = None,
 ) -> DecoderOutput:
-    """Everything below the head: transformers' `LlamaModel`. Arguments as in `forward`."""
+    """Run everything below the head: transformers' `LlamaModel`. Arguments as for `forward`."""
     cache = KVCache(config.num_hidden_layers) if cache is None else cache
     if cache.length == 0:  # once per text
         check_params(params, config)
@@ -135,30 +135,30 @@ def forward(
     inputs_embeds: np.ndarray | None = None,
     logits_to_keep: int = 0,
 ) -> Output:
-    """Next-token logits for every token: transformers' `LlamaForCausalLM`.
+    """Return next-token logits for every token: transformers' `LlamaForCausalLM`.
 
     Args:
-        input_ids: (B, T) integers; or `inputs_embeds`: (B, T, E) vectors in their place.
-        attention_mask: (B, S) of 0 (padding) and 1, S counting the cached tokens too. Default: no padding.
+        input_ids: (B, T) integers; alternatively pass `inputs_embeds`, (B, T, E) vectors.
+        attention_mask: (B, S) of 0 (padding) and 1, where S includes the cached tokens. Default: no padding.
         position_ids: (B, T) or (1, T). Default: each row counts its own unmasked tokens from 0, as transformers'
             generate does (its bare forward counts padding too).
-        cache: a `KVCache` from an earlier call, which holds the tokens before these; it is filled in place.
-        logits_to_keep: compute only the last so many positions' logits; 0 computes all. For 512 tokens and a
-            vocabulary of 49,152 all are 100 MB in float32, of which generation reads one row.
+        cache: a `KVCache` from an earlier call, holding the tokens before these; it is updated in place.
+        logits_to_keep: compute logits only for this many last positions; 0 computes all. For 512 tokens and a
+            vocabulary of 49,152 all logits take 100 MB in float32, of which generation needs one row.
 
     Raises:
-        ValueError: an argument or a tensor of `params` is missing or of the wrong shape, an id out of range.
+        ValueError: an argument or a tensor of `params` is missing or has the wrong shape, or an id is out of range.
     """
     if logits_to_keep < 0:
         raise ValueError(f"logits_to_keep must be 0 (all) or more, got {logits_to_keep}")
     out = decoder(params, config, input_ids, attention_mask, position_ids, cache,
                   output_hidden_states, output_attentions, inputs_embeds)  # fmt: skip
-    kept = out.last_hidden_state[:, -logits_to_keep:]  # -0 is 0: all
+    kept = out.last_hidden_state[:, -logits_to_keep:]  # -0 is 0, which keeps all
     return Output(lm_head(params, config, kept), *out[1:])
 
 
 def lm_head(params: Params, config: Config, x: Float[np.ndarray, "B T E"]) -> Float[np.ndarray, "B T V"]:
-    """A score for every token of the vocabulary; a tied model takes x · the token's embedding."""
+    """Return a score for every token of the vocabulary; a tied model uses the token embeddings as the head's weight."""
     return linear(x, params, "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
 
 
@@ -169,13 +169,13 @@ def classify(
     attention_mask: np.ndarray | None = None,
     position_ids: np.ndarray | None = None,
 ) -> Float[np.ndarray, "B num_labels"]:
-    """One score per label and text, read off the last token: transformers' `LlamaForSequenceClassification`.
+    """Return one score per label and text, from the last token: transformers' `LlamaForSequenceClassification`.
 
-    The last token is the rightmost that is not `pad_token_id`. A causal model's other tokens have not seen the whole
-    text. Needs `score.weight` (num_labels, E) in `params`.
+    The last token is the rightmost that is not `pad_token_id`; in a causal model no other has seen the whole text.
+    Needs `score.weight` (num_labels, E) in `params`.
 
     Raises:
-        ValueError: as `forward`; or `score.weight` is missing, or a batch comes without a `pad_token_id`.
+        ValueError: as `forward`; or `score.weight` is missing or misshapen, or a batch has no `pad_token_id`.
     """
     if "score.weight" not in params:
         raise ValueError("the tensor score.weight is missing: this is not a sequence classification checkpoint")
@@ -194,7 +194,7 @@ def classify(
 
 
 def parameter_shapes(config: Config, classifier: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name and shape of every tensor of a causal language model, or of what lies below a classifier's head."""
+    """Yield the name and shape of every tensor of a causal language model, or of a classifier without its head."""
     E, F, V, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     yield "model.embed_tokens.weight", (V, E)
@@ -216,23 +216,23 @@ def parameter_shapes(config: Config, classifier: bool = False) -> Iterator[tuple
 
 
 def check_params(params: Params, config: Config) -> None:
-    """Raise a ValueError that names the first tensor that is missing, of a wrong shape, or an unknown bias."""
+    """Raise a ValueError naming the first tensor that is missing, misshapen or an unexpected bias."""
     for name, shape in parameter_shapes(config, classifier="score.weight" in params):
         if name not in params:
             raise ValueError(f"the tensor {name} is missing")
         if params[name].shape != shape:
             raise ValueError(f"the tensor {name} has shape {params[name].shape}; the configuration asks for {shape}")
-        bias = f"{name.removesuffix('weight')}bias"  # `linear` adds what it finds
+        bias = f"{name.removesuffix('weight')}bias"  # `linear` would add it
         known = (".mlp." in name and config.mlp_bias) or (".self_attn." in name and config.attention_bias)
         if bias in params and not known:
-            raise ValueError(f"the tensor {bias} is there, and the configuration says that there is no such bias")
+            raise ValueError(f"the tensor {bias} is present, but the configuration says there is no such bias")
 
 
 def _embed(
     params: Params, config: Config, input_ids: np.ndarray | None, inputs_embeds: np.ndarray | None
 ) -> Float[np.ndarray, "B T E"]:
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
     if inputs_embeds is not None:
         inputs_embeds = np.asarray(inputs_embeds)
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.size:
@@ -242,19 +242,19 @@ def _embed(
     if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids must be integers of shape (batch, length > 0), got {ids.dtype} {ids.shape}")
     if not 0 <= ids.min() <= ids.max() < config.vocab_size:
-        raise ValueError(f"input_ids must lie in 0 ... {config.vocab_size - 1}, got {ids.min()} ... {ids.max()}")
+        raise ValueError(f"input_ids must be in 0 ... {config.vocab_size - 1}, got {ids.min()} ... {ids.max()}")
     return params["model.embed_tokens.weight"][ids]
 
 
 def _check_places(
     B: int, T: int, mask: np.ndarray | None, position_ids: np.ndarray | None, cache: KVCache, config: Config
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """The mask and the positions, checked against the batch and the cache; positions filled in when left out."""
+    """Return the mask and positions, checked against the batch and the cache; fill in positions if they are omitted."""
     S = cache.length + T
     if len(cache) != config.num_hidden_layers:
         raise ValueError(f"the cache has {len(cache)} layers, the model {config.num_hidden_layers}")
     if cache.length and cache.batch_size != B:
-        raise ValueError(f"the cache holds a batch of {cache.batch_size}, the input one of {B}")
+        raise ValueError(f"the cache holds a batch of {cache.batch_size}, but the input's is {B}")
     if mask is not None:
         mask = np.asarray(mask)
         if mask.shape != (B, S):

@@ -1,4 +1,4 @@
-"""RMSNorm, the only normalisation in a LLaMA."""
+"""RMSNorm, the only normalisation in LLaMA."""
 
 import numpy as np
 from jaxtyping import Float
@@ -13,8 +13,8 @@ def rms_norm(
 
         y = x / sqrt(mean(x²) + ε) · w                        (Zhang & Sennrich 2019, eq. 4)
 
-    No mean is subtracted and no bias added: that separates it from LayerNorm. ε, which the paper leaves out, goes under
-    the root; it has no default here because checkpoints disagree on it (1e-5 or 1e-6).
+    Unlike LayerNorm, it subtracts no mean and adds no bias. ε, which the paper omits, goes under the root; it has no
+    default here because checkpoints differ (1e-5 or 1e-6).
     """
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True)  # (*batch, 1)
     return x / np.sqrt(mean_square + eps) * weight
@@ -28,8 +28,7 @@ def add_rms_norm(
 ) -> tuple[Float[np.ndarray, "*batch E"], Float[np.ndarray, "*batch E"]]:
     """The end of one sub-layer and the start of the next: (rms_norm(residual + x), residual + x).
 
-    The model here has no need of it. A kernel gains by doing both in one pass over memory, and this is what that pass
-    must give.
+    The model here does not use it; it specifies a kernel, which saves a pass over memory by doing both at once.
     """
     residual = residual + x
     return rms_norm(residual, weight, eps), residual

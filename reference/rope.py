@@ -1,14 +1,14 @@
-"""Rotary position embedding: how a head knows where its token stands.
+"""Rotary position embedding: how attention knows where its tokens are.
 
-A head's D numbers are D/2 points in the plane. At position p, point i is turned by the angle p · θ_i, where
-θ_i = base^(-2i/D), i from 0, so that early points turn fast and late ones slowly (Su et al. 2021, §3.2.2). Turning both
-vectors of a dot product by the same angle leaves it unchanged, so a query at p and a key at s give a score that depends
-on p - s alone.
+A head's D numbers are treated as D/2 points in the plane. At position p, point i is rotated by the angle p · θ_i, where
+θ_i = base^(-2i/D), i counting from 0, so early points rotate fast and late ones slowly (Su et al. 2021, §3.2.2).
+Rotating both vectors of a dot product by the same angle leaves it unchanged, so the score of a query at p and a key at
+s depends only on p - s.
 
-Which two numbers make a point is a convention. Meta's weights pair neighbours, (0, 1), (2, 3) ...; Hugging Face's
+Which two numbers form a point is a convention. Meta's weights pair neighbours, (0, 1), (2, 3) ...; Hugging Face's
 checkpoints pair the halves, (0, D/2), (1, D/2 + 1) ..., with the rows of the q and k projections permuted to match.
-Both give the same model; weights of one kind under the rotation of the other start well and soon fall apart.
-Everything in this project rotates halves; the interleaved form is here for comparison.
+Both give the same model; mixing one's weights with the other's rotation gives text that starts well and soon falls
+apart. Everything in this project rotates halves; the interleaved form is here for comparison.
 """
 
 import math
@@ -20,26 +20,26 @@ from .config import Config
 
 
 def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray, "half"], float]:
-    """The angle per position, θ_i in radians (float32), and the factor that scales cos and sin.
+    """Return the angle per position, θ_i in radians (float32), and the factor that scales cos and sin.
 
-    Longer contexts than a model was trained on are reached by turning more slowly. `rope_parameters["rope_type"]`
-    says how, in the semantics of transformers 5:
+    Contexts longer than a model was trained on are reached by rotating more slowly. `rope_parameters["rope_type"]`
+    says how, with the semantics of transformers 5:
 
     - default:  θ_i = base^(-2i/D)                                             (Su et al. 2021)
-    - linear:   θ_i / factor: every position is squeezed                       (Chen et al. 2023, §2.3)
-    - dynamic:  base · (factor · n/L - (factor - 1))^(D/(D-2)) once n = `length` passes L = max_position_embeddings
+    - linear:   θ_i / factor: all positions are compressed                     (Chen et al. 2023, §2.3)
+    - dynamic:  base · (factor · n/L - (factor - 1))^(D/(D-2)) once n = `length` exceeds L = max_position_embeddings
                 ("NTK-aware", bloc97 and emozilla 2023; Peng et al. 2023, §3.3)
-    - yarn:     θ_i for points that make many turns over the trained context L, θ_i / factor for those that make few, a
-                ramp over i between (Peng et al. 2023, §3.2; the paper ramps over turns, its code over i); cos and sin
-                times 0.1 ln(factor) + 1 (§3.4). Here and below L = original_max_position_embeddings
+    - yarn:     θ_i for points that make many turns over the trained context L, θ_i / factor for those that make few,
+                with a ramp over i between (Peng et al. 2023, §3.2; the paper ramps over turns, its code over i); cos
+                and sin times 0.1 ln(factor) + 1 (§3.4). Here and below L = original_max_position_embeddings
     - longrope: θ_i / divisor_i, from one list up to L tokens, from another beyond (Ding et al. 2024); cos and sin times
                 sqrt(1 + ln(factor) / ln L), as in Phi-3's code
     - llama3:   yarn's blend with the ramp over turns, and no scale            (Llama 3.1's published code)
 
     Args:
-        length: tokens in the sequence, that is the largest position + 1. Only dynamic and longrope look at it, and
-            with them the angles of all tokens change as the sequence crosses the bound. Keys cached before keep theirs,
-            as in transformers; Peng et al. (§3.3) would cache keys unrotated.
+        length: the number of tokens in the sequence, i.e. the largest position + 1. Only dynamic and longrope use it:
+            once the sequence passes L, the angles of all its tokens change. Keys cached before then keep their angles,
+            as in transformers; Peng et al. (§3.3) would cache unrotated keys.
     """
     rope, D = config.rope_parameters, config.head_dim
     kind, base, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor", 1.0)
@@ -49,7 +49,7 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
 
     if kind == "dynamic":
         ratio = max(length, config.max_position_embeddings) / config.max_position_embeddings
-        base = base * (factor * ratio - (factor - 1)) ** (D / max(D - 2, 1))  # with D = 2 no base matters
+        base = base * (factor * ratio - (factor - 1)) ** (D / max(D - 2, 1))  # with D = 2 the base has no effect
     theta = 1 / base**exponent
 
     if kind == "linear":
@@ -71,9 +71,9 @@ def rope_frequencies(config: Config, length: int = 0) -> tuple[Float[np.ndarray,
 
 
 def _yarn(theta: Float[np.ndarray, "half"], rope: dict, trained: int) -> Float[np.ndarray, "half"]:
-    """YaRN's blend: point i counts as fast or slow by the turns it makes over the trained context.
+    """YaRN's blend: a point is fast or slow depending on how many turns it makes over the trained context.
 
-    The bounds, `D - 1` (of D/2 points) among them, are those of the published code; a beta of 0 means the default.
+    The bounds, including `D - 1` (for D/2 points), are those of the published code; a beta of 0 means the default.
     """
     D, base = 2 * len(theta), rope["rope_theta"]
 
@@ -85,7 +85,7 @@ def _yarn(theta: Float[np.ndarray, "half"], rope: dict, trained: int) -> Float[n
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, D - 1)
     if first == last:
-        last += 0.001  # a ramp of no length would divide by 0
+        last += 0.001  # avoid dividing by 0
     slow = np.clip((np.arange(D // 2, dtype=np.float32) - first) / (last - first), 0, 1)
     return slow * theta / rope["factor"] + (1 - slow) * theta
 
@@ -102,9 +102,9 @@ def _yarn_attention_factor(rope: dict) -> float:
 def rope_tables(
     config: Config, position_ids: Int[np.ndarray, "B T"]
 ) -> tuple[Float[np.ndarray, "B T D"], Float[np.ndarray, "B T D"]]:
-    """cos and sin of every position's angles, float32, laid out for the halves pairing: point i at i and i + D/2.
+    """Return cos and sin of every position's angles, float32, laid out for paired halves: point i at i and i + D/2.
 
-    Angles are made in float32 whatever the model computes in: bfloat16 holds only every eighth position around 2000.
+    Angles are float32 whatever the model's dtype: around 2000, bfloat16 can represent only every eighth position.
     """
     theta, scale = rope_frequencies(config, length=int(position_ids.max()) + 1)
     angles = position_ids[..., None].astype(np.float32) * theta  # (B, T, D/2)
@@ -113,7 +113,7 @@ def rope_tables(
 
 
 def rotate_half(x: Float[np.ndarray, "*batch D"]) -> Float[np.ndarray, "*batch D"]:
-    """(x1, x2) -> (-x2, x1) on the halves: every point a quarter turn on."""
+    """(x1, x2) -> (-x2, x1) on the halves: rotate every point by a quarter turn."""
     x1, x2 = np.split(x, 2, axis=-1)
     return np.concatenate([-x2, x1], axis=-1)
 
@@ -124,9 +124,9 @@ def apply_rope(
     cos: Float[np.ndarray, "#B T D"],
     sin: Float[np.ndarray, "#B T D"],
 ) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
-    """Turn queries and keys by their positions' angles.
+    """Rotate queries and keys by the angles of their positions.
 
-    x' = x · cos + rotate_half(x) · sin            (Su et al. 2021, eq. 34, with points made of two halves)
+    x' = x · cos + rotate_half(x) · sin            (Su et al. 2021, eq. 34, with paired halves)
     """
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
@@ -142,9 +142,9 @@ def apply_rope_to_cache(
     v_cache: Float[np.ndarray, "B K S D"],
     positions: Int[np.ndarray, "B T"],
 ) -> Float[np.ndarray, "B H T D"]:
-    """`apply_rope`, with turned keys and values written into caches at `positions`; gives the turned queries.
+    """Apply RoPE, write rotated keys and values into caches at `positions`, and return the rotated queries.
 
-    Places outside of the cache are not kept. The model here has no need of it; a kernel saves a pass over memory.
+    Positions outside the cache are dropped. The model here does not use it; as a kernel it saves a pass over memory.
     """
     q, k = apply_rope(q, k, cos, sin)
     rows, tokens = np.nonzero((positions >= 0) & (positions < k_cache.shape[2]))
@@ -162,7 +162,7 @@ def apply_rope_interleaved(
 ) -> tuple[Float[np.ndarray, "B H T D"], Float[np.ndarray, "B K T D"]]:
     """The same rotation where point i is the pair (2i, 2i + 1), as in Meta's weights. Takes the same tables.
 
-    Reordering q and k from halves to pairs, as `interleave` does for weights, before or after rotating gives the same.
+    It equals `apply_rope` up to reordering q and k from halves to pairs, as `interleave` does for weights.
     """
     D = q.shape[-1]
     cos, sin = cos[:, None, :, : D // 2], sin[:, None, :, : D // 2]

@@ -366,7 +366,7 @@ def test_training_is_transformers_own_and_said_once(calls, start, backend):
         assert bool(calls) == (backend == "triton")
 
 
-@pytest.mark.filterwarnings("ignore:an accelerated model trains:UserWarning")
+@pytest.mark.filterwarnings("ignore:an accelerated model is training:UserWarning")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_checkpointing_recomputes_the_same():
     model, gradients = make().train(), []
@@ -420,7 +420,7 @@ def test_adapters_stay_in_effect(calls, first):
     assert (before - plain).abs().max() > 1e-2
 
 
-@pytest.mark.filterwarnings("ignore:an accelerated model trains:UserWarning")
+@pytest.mark.filterwarnings("ignore:an accelerated model is training:UserWarning")
 def test_adapters_learn():
     gradients = []
     for backend in (None, "triton"):
@@ -612,11 +612,11 @@ def test_the_report_is_a_small_table():
         "  LlamaAttention     2  apply_rope, flash_attention, decode_attention",
         "  LlamaMLP           2  swiglu",
         "  LlamaRMSNorm       5  rms_norm",
-        "  where gradients are wanted transformers' own code computes: no kernel has a backward pass",
+        "  when gradients are needed, transformers' own code runs: no kernel has a backward pass",
     ]
     handle.restore()
     assert str(handle).splitlines()[0].endswith(", restored")
-    assert "left alone: PyTorch's attention" in str(llama.accelerate(make(), "torch"))
+    assert "left alone: transformers uses PyTorch's attention" in str(llama.accelerate(make(), "torch"))
 
 
 def test_errors_name_what_was_given(monkeypatch):
@@ -626,8 +626,8 @@ def test_errors_name_what_was_given(monkeypatch):
     for what, match in (
         (mistral, r"no LlamaModel in this MistralForCausalLM \(model_type 'mistral'\)"),
         (nn.Linear(2, 2), "no LlamaModel in this Linear"),
-        ("meta-llama/Llama-3.2-1B", "takes a Llama of transformers, got str"),
-        (llama.LlamaForCausalLM(llama.LlamaConfig(**FIELDS)), "has the kernels already: model.set_backend"),
+        ("meta-llama/Llama-3.2-1B", "takes a transformers Llama model, got str"),
+        (llama.LlamaForCausalLM(llama.LlamaConfig(**FIELDS)), "has the kernels already; see model.set_backend"),
     ):
         with pytest.raises(ValueError, match=match):
             llama.accelerate(what, "torch")
@@ -653,7 +653,7 @@ def test_transformers_is_asked_for_when_it_is_needed():
         "except ImportError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout == "llama.accelerate works on transformers' models: pip install transformers\n"
+    assert out.stdout == "llama.accelerate needs transformers: pip install transformers\n"
 
 
 def test_a_copy_is_accelerated_and_restored_by_itself(calls):

@@ -288,7 +288,7 @@ def test_the_gpu_that_was_asked_for_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert harness.device_for("cuda:1") == torch.device("cuda:1")
     assert current == [torch.device("cuda:1")]
-    with pytest.raises(ValueError, match="no device is called 'cuda:2'; there are cuda:0, cuda:1"):
+    with pytest.raises(ValueError, match="there is no device 'cuda:2'; choose from cuda:0, cuda:1"):
         harness.device_for("cuda:2")
 
 
@@ -533,10 +533,10 @@ def bench(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--op", "rmsnorm"], ["'rmsnorm'; did you mean rms_norm? There are", "linear_cross_entropy"]),
+        (["--op", "rmsnorm"], ["'rmsnorm'; did you mean rms_norm? Choose from", "linear_cross_entropy"]),
         (["--dtype", "int8"], ["'int8'", "bfloat16"]),
         (["--peers", "eager,cublas"], ["'cublas'", "sdpa-flash", "liger"]),
-        (["--peers", "liger"], ["liger", "there are eager", "sdpa-math"]),
+        (["--peers", "liger"], ["liger", "choose from eager", "sdpa-math"]),
         (["--model", "13b"], ["'13b'", "70b"]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--tokens", "many"], ["'many'", "1,8,32"]),
@@ -553,7 +553,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(harness, "device_for", lambda name: torch.device("cuda"))
     monkeypatch.setattr(kernels, "check_backend", lambda name: None)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"the peer flash-attn is not installed; there are eager, .*sdpa-cudnn"):
+    with pytest.raises(ValueError, match=r"the peer flash-attn is not installed; choose from eager, .*sdpa-cudnn"):
         kernels.plan(peers=["flash-attn"])
     assert kernels.plan(peers=["sdpa"]).peers == list(peers.SDPA)
     assert "compile" in kernels.plan().peers
@@ -630,7 +630,7 @@ def test_a_device_has_a_short_name(name, slug):
 def test_a_file_that_is_no_result_is_named(tmp_path, text):
     path = tmp_path / "other.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"other\.jsonl is no file of results"):
+    with pytest.raises(ValueError, match=r"other\.jsonl is not a results file"):
         harness.read_lines(path)
 
 

@@ -94,9 +94,9 @@ def test_by_default_a_cpu_is_spared_what_takes_long_and_told_so(folder):
 
 def test_a_text_longer_than_the_model_allows_is_refused_when_asked_for():
     limit = Limits(1e12, 1e15)
-    with pytest.raises(ValueError, match="pp33 is longer than the 32 tokens"):
+    with pytest.raises(ValueError, match="pp33 is longer than this model's maximum of 32 tokens"):
         generation.chosen([33], 0, [1], CONFIG, 4, CPU, limit)
-    with pytest.raises(ValueError, match="tg128 is longer than the 32 tokens"):
+    with pytest.raises(ValueError, match="tg128 is longer than this model's maximum of 32 tokens"):
         generation.chosen(None, 128, [1], CONFIG, 4, CPU, limit)
     tests, _ = generation.chosen(None, 32, [1], CONFIG, 4, CPU, limit)  # the usual prompts, which do not fit
     assert [test.name for test in tests] == ["tg32"]
@@ -183,8 +183,8 @@ def test_the_compiled_peer_has_a_static_cache_and_code_for_each_batch(folder):
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (lambda ids, new: torch.zeros(1, new, dtype=torch.long), "llama static do not compute the same"),
-        (None, "llama static does not run here, leave it out: no compiler"),
+        (lambda ids, new: torch.zeros(1, new, dtype=torch.long), "llama static do not agree"),
+        (None, "llama static does not run here; leave it out: no compiler"),
     ],
 )
 def test_who_writes_something_else_or_nothing_is_not_timed(folder, monkeypatch, broken, words):
@@ -221,7 +221,7 @@ def test_who_has_no_room_is_left_out_of_that_test_and_gives_up_its_cache(folder,
     left = {"llama", "transformers"} - {who}
     assert [(row["batch"], row["provider"]) for row in rows] == [(1, "llama"), (1, "transformers"), (2, *left)]
     assert (rows[-1]["ratio"] is None) == (who == "llama")
-    assert any(f"pp8 of 2: {who} is left out, for it is out of memory" in words for words in said)
+    assert any(f"pp8 of 2: {who} is left out because it ran out of memory" in words for words in said)
     assert [model._cache for model in models] == [None, None]
 
 
@@ -259,7 +259,7 @@ def test_everybody_runs_a_test_once_before_the_clock_does(folder, monkeypatch, p
     )
     bench(folder, new=0, batches=[1], say=said.append)
     assert ran.count("llama") == ran.count("transformers") == SMALL["runs"] + extra
-    assert any("is not warmed up" in words for words in said) == (not extra)
+    assert any("no warm-up for forward" in words for words in said) == (not extra)
 
 
 def test_the_limits_of_a_gpu_are_timed_on_the_gpu(monkeypatch):
@@ -277,7 +277,7 @@ def test_usual_prompts_that_are_too_long_are_named(folder):
     said = []
     rows = bench(folder, prompts=None, batches=[1], peers=[], say=said.append)
     assert [row["test"] for row in rows] == ["tg4"]
-    assert "Left out, for the model was made for 32 tokens: pp512 of 1, pp4096 of 1." in said
+    assert "Left out because the model's maximum is 32 tokens: pp512 of 1, pp4096 of 1." in said
 
 
 def test_nothing_to_measure_is_a_sentence_and_clocks_are_read_afterwards(folder, tmp_path, run, monkeypatch):
@@ -311,7 +311,7 @@ def test_who_computes_something_else_is_not_timed(folder, monkeypatch, change):
         return model
 
     monkeypatch.setattr(generation, "load", broken)
-    with pytest.raises(ValueError, match=r"llama \(torch\) and transformers do not compute the same: after \d+ tokens"):
+    with pytest.raises(ValueError, match=r"llama \(torch\) and transformers do not agree: after \d+ tokens"):
         bench(folder)
 
 
@@ -383,7 +383,7 @@ def test_the_command_prints_every_format_and_keeps_json_lines(folder, tmp_path, 
              "--threads", 1, "--device", "cpu")  # fmt: skip
     code, printed, said = run(*small, "--out", out)
     assert code == 0
-    assert "No GPU is used: these are a CPU's figures" in said
+    assert "No GPU is used: these are CPU figures" in said
     head, line, *rows = printed.splitlines()
     assert head.startswith("| test ")
     assert set(line) == {"|", "-"}
@@ -404,16 +404,16 @@ def test_the_command_prints_every_format_and_keeps_json_lines(folder, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--peers", "vllm"], 2, "no peer is called 'vllm'; there are transformers, llama.cpp"),
+        (["--peers", "vllm"], 2, "unknown peer 'vllm'; choose from transformers, llama.cpp"),
         (["--peers", "llama.cpp"], 2, "llama.cpp is not installed: pip install llama-cpp-python; installed: transf"),
-        (["--device", "tpu"], 2, "no device is called 'tpu'; there are auto, cpu, cuda"),
-        (["--device", "cuda"], 2, "PyTorch sees no GPU"),
-        (["--decoding", "statik"], 2, "no decoding is called 'statik'; did you mean static? There are plain, static,"),
+        (["--device", "tpu"], 2, "unknown device 'tpu'; choose from auto, cpu, cuda"),
+        (["--device", "cuda"], 2, "--device cuda needs a GPU, and PyTorch finds none"),
+        (["--decoding", "statik"], 2, "unknown decoding 'statik'; did you mean static? Choose from plain, static,"),
         (["--decoding", "graph"], 2, "--decoding graph needs a GPU"),
-        (["--decoding", "static", "--backend", "reference"], 1, "leave --decoding out"),
+        (["--decoding", "static", "--backend", "reference"], 1, "leave out --decoding"),
         (["--prompt", "8,x"], 2, "'8,x' is not a list of numbers like 1,8,32"),
         (["--batch", "0"], 2, "'0' is not a list of numbers"),
-        (["--prompt", "33", "--batch", "1"], 1, "pp33 is longer than the 32 tokens"),
+        (["--prompt", "33", "--batch", "1"], 1, "pp33 is longer than this model's maximum of 32 tokens"),
         (["--backend", "reference", "--dtype", "float16"], 1, "the reference computes on a CPU in float32"),
     ],
 )
@@ -433,5 +433,5 @@ def test_wrong_input_is_a_sentence_and_touches_no_file(folder, tmp_path, run, mo
 def test_llama_cpp_is_not_offered_what_it_cannot_read(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama, __spec__=object()))
     assert {row["provider"] for row in bench(folder, batches=[1])} == {"llama", "transformers"}
-    with pytest.raises(ValueError, match=r"llama\.cpp reads \.gguf files, and .*tiny is none"):
+    with pytest.raises(ValueError, match=r"llama\.cpp reads \.gguf files, not .*tiny;"):
         bench(folder, peers=["llama.cpp"])

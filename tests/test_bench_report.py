@@ -160,7 +160,7 @@ def test_device_method_and_command_stand_beside_every_table(page):
     for method in (
         "CUDA graph",
         "llama-bench's names",
-        "the NumPy reference beside transformers",
+        "the NumPy reference against transformers",
         "no double precision",
     ):
         assert method in text  # the benchmarks' own words
@@ -240,7 +240,7 @@ def test_a_page_says_where_it_lies(results, tmp_path, monkeypatch, capsys):
 )
 def test_a_foreign_file_is_named_in_a_sentence(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"{name} is no file of results of llama bench or python -m benchmarks: move"):
+    with pytest.raises(ValueError, match=rf"{name} is not a results file of llama bench or python -m benchmarks; move"):
         report.write([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
@@ -303,14 +303,14 @@ def test_make_bench_keeps_no_empty_file(tmp_path, printed):
 
 def test_the_page_gets_its_folder(results, tmp_path):
     assert report.write([results], tmp_path / "new" / "page.html").is_file()
-    with pytest.raises(ValueError, match="new is a folder; --out names a file"):
+    with pytest.raises(ValueError, match="new is a folder; --out must name a file"):
         report.write([results], tmp_path / "new")
 
 
 def test_no_results_and_no_folder_are_said(tmp_path):
-    with pytest.raises(ValueError, match="has no results; llama bench model --out DIR makes some"):
+    with pytest.raises(ValueError, match="has no results; create some with llama bench model --out DIR"):
         report.write([tmp_path], tmp_path / "report.html")
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder; --results names one"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder; --results takes folders"):
         report.write([tmp_path / "nowhere"], tmp_path / "report.html")
 
 

@@ -304,10 +304,10 @@ class Never(StoppingCriteria):
 
 REFUSED = {
     "num_beams=1": {"num_beams": 2},
-    "leave out the drafting": {"prompt_lookup_num_tokens": 2},
+    "leave out assistant_model and prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
     "leave use_cache on": {"use_cache": False},
-    "ask for no scores": {"output_scores": True, "return_dict_in_generate": True},
-    "let end tokens and the length alone stop it": {"stopping_criteria": [Never()]},
+    "request no scores": {"output_scores": True, "return_dict_in_generate": True},
+    "use no stopping criteria but end tokens and the length": {"stopping_criteria": [Never()]},
     "use no logits processors but": {"repetition_penalty": 1.2},
 }
 
@@ -315,7 +315,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_python_has_to_see_is_refused_or_left_to_the_plain_loop(words):
     made, ids = model(), tokens(1, 5)
-    with pytest.raises(ValueError, match=f'decoding="static" cannot take this: .*{words}.*decoding="plain"'):
+    with pytest.raises(ValueError, match=f'decoding="static" does not support this: .*{words}.*decoding="plain"'):
         written(made, ids, "static", max_new_tokens=4, **REFUSED[words])
     plain, auto = (written(made, ids, how, max_new_tokens=4, **REFUSED[words]) for how in ("plain", "auto"))
     assert torch.equal(*(out if isinstance(out, torch.Tensor) else out.sequences for out in (plain, auto)))
@@ -381,7 +381,7 @@ def test_auto_takes_on_a_gpu_what_fits(options, taken):
 
 def test_autocast_is_refused():
     made, ids = model(), tokens(1, 5)
-    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="leave autocast"):
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="turn off autocast"):
         written(made, ids, "static")
 
 

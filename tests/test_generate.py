@@ -727,7 +727,7 @@ def test_unknown_keywords_are_named(name):
         ([PROMPT.float()], dict(), "of integers"),
         ([[1, 2]], dict(), "of integers, got list"),
         ([PROMPT[:, :0]], dict(), "at least one token"),
-        ([PROMPT], dict(eos_token_id=30), "eos_token_id is 30, and the model knows ids below 30"),
+        ([PROMPT], dict(eos_token_id=30), "eos_token_id is 30, but the model only knows ids below 30"),
         ([PROMPT], dict(pad_token_id=30), "pad_token_id is 30"),
         ([PROMPT], dict(num_return_sequences=2), "num_return_sequences"),
         ([PROMPT], dict(num_beams=2, num_return_sequences=3), "num_return_sequences"),
@@ -742,7 +742,7 @@ def test_unknown_keywords_are_named(name):
 def test_wrong_arguments_are_named(arguments, options, message):
     if message is None:
         model = LlamaForCausalLM(LlamaConfig(**FIELDS, bos_token_id=None))
-        with pytest.raises(ValueError, match="no bos_token_id to begin with"):
+        with pytest.raises(ValueError, match="nor a bos_token_id to begin with"):
             model.generate(max_new_tokens=2)
     else:
         with pytest.raises(ValueError, match=message):
@@ -1194,7 +1194,7 @@ def test_a_stream_draws_what_generate_draws():
 )
 def test_a_stream_is_of_one_text(options):
     prompt = options.pop("prompt", PROMPT)
-    with pytest.raises(ValueError, match="stream writes one text"):
+    with pytest.raises(ValueError, match="stream generates one text"):
         next(toys()[0].stream(prompt, tokenizer=TOKENIZERS["bytes"], max_new_tokens=2, **options))
 
 
@@ -1276,7 +1276,7 @@ def test_text_streamers_take_one_text_and_known_options():
     tokenizer, model = TOKENIZERS["bytes"], speaker("bytes")
     with pytest.raises(ValueError, match="batch size 1"):
         model.generate(PROMPTS, streamer=TextStreamer(tokenizer), max_new_tokens=2)
-    with pytest.raises(ValueError, match="`skip_special_token` is no option"):
+    with pytest.raises(ValueError, match="`skip_special_token` is not supported"):
         TextStreamer(tokenizer, skip_special_token=True)
     with pytest.raises(ValueError, match="clean_up_tokenization_spaces"):
         TextStreamer(tokenizer, clean_up_tokenization_spaces=True)

@@ -373,5 +373,5 @@ def test_beams_cannot_be_drafted(drafting):
 
 def test_an_assistant_of_another_vocabulary_is_refused():
     other = LlamaForCausalLM(LlamaConfig(**FIELDS | {"vocab_size": 31}))
-    with pytest.raises(ValueError, match="assistant_model knows 31 tokens and the model 30"):
+    with pytest.raises(ValueError, match="assistant_model has 31 tokens and the model 30"):
         toys(1)[0].generate(PROMPT, assistant_model=other, max_new_tokens=3)

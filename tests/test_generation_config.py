@@ -194,8 +194,8 @@ def test_errors_name_the_file(tmp_path):
         ("{", "is not valid JSON"),
         ('{"top_p": 7}', "`top_p` has to be a float from 0 to 1, but is 7"),
         ('{"penalty_alpha": 0.6}', "`penalty_alpha` is not supported"),
-        ('{"validate": 1}', "`validate` is no generation option"),
-        ('{"__class__": "x"}', "`__class__` is no generation option"),
+        ('{"validate": 1}', "`validate` is not a generation option"),
+        ('{"__class__": "x"}', "`__class__` is not a generation option"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"generation_config.json.*{message}"):
@@ -341,9 +341,9 @@ def test_temperature_zero_is_only_for_greedy_writing():
         ({"num_return_sequences": 3, "num_beams": 2, "do_sample": True}, "`num_return_sequences`"),
         ({"suppress_tokens": [1, 2], "forced_eos_token_id": [1, 2]}, "`forced_eos_token_id` .*`suppress_tokens`"),
         ({"suppress_tokens": [0], "forced_bos_token_id": 0}, "`forced_bos_token_id`"),
-        ({"temprature": 0.5}, "`temprature` is no generation option; did you mean `temperature`"),
-        ({"logits_processor": []}, "`logits_processor` is no generation option"),
-        ({"validate": 3}, "`validate` is no generation option"),
+        ({"temprature": 0.5}, "`temprature` is not a generation option; did you mean `temperature`"),
+        ({"logits_processor": []}, "`logits_processor` is not a generation option"),
+        ({"validate": 3}, "`validate` is not a generation option"),
         ({"penalty_alpha": 0.6}, "`penalty_alpha` is not supported"),
         ({"num_beam_groups": 2}, "`num_beam_groups` is not supported, but is 2"),
         ({"diversity_penalty": 0.5}, "`diversity_penalty` is not supported"),

@@ -159,7 +159,7 @@ def test_outgrowing_the_positions_is_said_once(caplog):
     criterion = ours.MaxLengthCriteria(9, max_position_embeddings=2)
     for length in range(1, 6):
         criterion(torch.ones(1, length), None)
-    assert [record.message for record in caplog.records] == ["the text has outgrown the 2 positions of the model"]
+    assert [record.message for record in caplog.records] == ["the text exceeds the model's 2 positions"]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ PICKLES = {
     "torch's own loader": (pickled(Call(torch.load, "other")), "asks for torch.serialization.load"),
     "a nested name": (lambda p: torch_zip(p, pickle.dumps(Call(Path.touch, "ran"), 4)), "asks for pathlib"),
     "a tensor's class": (lambda p: torch_zip(p, b"\x80\x02ctorch\nTensor\n)R."), "asks for torch.Tensor"),
-    "a call of a storage": (lambda p: torch_zip(p, b"\x80\x02ctorch\nFloatStorage\n)R."), "calls what it must not"),
+    "a call of a storage": (lambda p: torch_zip(p, b"\x80\x02ctorch\nFloatStorage\n)R."), "a call that is not allowed"),
     "attributes": (lambda p: torch_zip(p, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b."), "sets attributes"),
     "an instance": (lambda p: torch_zip(p, b"(ios\nsystem\n."), "uses INST"),
     "a memory of billions": (lambda p: torch_zip(p, b"\x80\x02}r\xff\xff\xff\xff."), None),
@@ -210,7 +210,7 @@ PICKLES = {
     "no end": (lambda p: torch_zip(p, b"\x80\x02}"), "damaged"),
     "no pickle": (lambda p: torch_zip(p, b""), "damaged"),
     "a compressed bomb": (compressed, "is compressed"),
-    "a member twice": (twice, "is there twice"),
+    "a member twice": (twice, "appears twice"),
     "another zip": (lambda p: zipfile.ZipFile(p, "w").close() or p, "has no data.pkl"),
     "no storage": (lie(key=b"1"), "data/1 is missing"),
     "a storage outside": (lie(key=b"../../x"), "is missing"),
@@ -219,10 +219,10 @@ PICKLES = {
     "a storage too long": (lie(length=5), "data/0 is cut short"),
     "an endless storage": (lie(length=1 << 62), "data/0 is cut short"),
     "a storage behind the end": (behind_the_end, "data/0 is cut short"),
-    "a negative length": (lie(length=-1), "points to no storage"),
+    "a negative length": (lie(length=-1), "points to an invalid storage"),
     "a tensor too long": (lie(shape=(5,)), r"shape \(5,\) does not fit"),
-    "an endless tensor": (lie(shape=(1 << 40,), strides=(0,)), "a of shape .* repeats the 4 numbers it has"),
-    "an expanded tensor": (lambda p: saved(p, {"a": torch.ones(3).expand(2, 3)}), "a of shape .*after contiguous"),
+    "an endless tensor": (lie(shape=(1 << 40,), strides=(0,)), "a of shape .* repeats its 4 elements"),
+    "an expanded tensor": (lambda p: saved(p, {"a": torch.ones(3).expand(2, 3)}), "a of shape .*call contiguous"),
     "endless and empty": (lie(shape=(0, 1 << 62), strides=(1, 1)), None),
     "a tensor behind its end": (lie(offset=1), "does not fit"),
     "a negative offset": (lie(offset=-1), "a tensor in it is damaged"),
@@ -402,7 +402,7 @@ def test_a_file_that_memory_does_not_suffice_for_is_not_called_damaged(tmp_path,
             file.write(whole)
     with (
         little_room(),
-        pytest.raises(OSError, match=r"could not be read .*Cannot allocate memory.* may be whole") as caught,
+        pytest.raises(OSError, match=r"could not be read .*Cannot allocate memory.* may be intact") as caught,
     ):
         dict(open_checkpoint(where).tensors)
     assert str(path) in str(caught.value)

@@ -177,8 +177,8 @@ def test_an_interrupted_download_is_not_taken_for_whole_and_goes_on(hub, sharded
     os.unlink(f"{folder}/{last}")  # as if it had not come to it
     offline, *_ = ask("said(lambda: llama.reference.load('org/tiny'))", HF_HUB_OFFLINE="1")
     assert offline == (
-        f"FileNotFoundError: org/tiny is no path here, nor is all of it in the cache {tmp_path}/home/hub, and "
-        "HF_HUB_OFFLINE is set: allow the network, or give the path of a model"
+        f"FileNotFoundError: org/tiny is not a local path, nor is all of it in the cache {tmp_path}/home/hub, and "
+        "HF_HUB_OFFLINE is set: allow network access, or give the path of a model"
     )
     for blob in (tmp_path / "home/hub/models--org--tiny/blobs").iterdir():
         if blob.read_bytes() == sharded[last]:
@@ -267,7 +267,7 @@ def test_a_gguf_file_is_named(hub, tmp_path):
     )
     assert found[0].endswith("/a.Q4.gguf")
     assert found[1:3] == ["258", "org/tiny"]
-    assert found[3].endswith("has no config.json or params.json; it has GGUF files, of which one can be named: "
+    assert found[3].endswith("has no config.json or params.json; it has GGUF files, so give one of them: "
                              "org/tiny/a.Q4.gguf")  # fmt: skip
     assert found[4].startswith("FileNotFoundError: org/tiny on the Hub has no c.gguf; it has GGUF files")
     assert hub.downloaded() == ["a.Q4.gguf", "sub/b.gguf"]
@@ -309,11 +309,11 @@ def test_tokens_open_what_is_gated_or_private(hub, chat_model, tmp_path):
         "`hf auth login` or set HF_TOKEN"
     )
     missing = (
-        f"FileNotFoundError: org/mine is no path here, and {hub.address} has no model of that name, or a private one. "
-        "Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN"
+        f"FileNotFoundError: org/mine is not a local path, and {hub.address} has no model of that name, or only a "
+        "private one. Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN"
     )
     cache = str(tmp_path / "refused")
-    revoked = f"PermissionError: {hub.address} does not let this token read org/gated; log in anew with"
+    revoked = f"PermissionError: {hub.address} does not let this token read org/gated; log in again with"
     assert ask(tries.format("None", cache)) == [gated, missing]
     assert {token for *_, token in hub.log} == {None}
     assert ask(tries.format("False", cache), HF_TOKEN="right") == [gated, missing]
@@ -338,14 +338,14 @@ def test_what_is_not_there_is_said_in_a_sentence(hub, chat_model, tmp_path):
         "wrong = 'a/b/c', 'a--b/c', 'a/b.', './a/b', 'a/b/', '/a/b', 'b'\n"
         "for where in ('org/typo', 'org/tiny', 'org/index', *wrong): said(lambda: find(where))"
     )
-    assert "no model of that name, or a private one" in no
+    assert "no model of that name, or only a private one" in no
     assert lacking == "FileNotFoundError: org/tiny on the Hub has no config.json or params.json"
-    assert shard == ("FileNotFoundError: org/index on the Hub has no gone.safetensors, which its other files ask for")
+    assert shard == ("FileNotFoundError: org/index on the Hub has no gone.safetensors, which its other files refer to")
     for path, said in zip(("a/b/c", "a--b/c", "a/b.", "./a/b", "a/b/", "/a/b", "b"), paths, strict=True):
         assert said.startswith(f"FileNotFoundError: {path} does not exist; give a folder with config.json")
     done = command("generate", "-m", "org/typo", "Hi")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("llama: org/typo is no path here, and ")
+    assert done.stderr.startswith("llama: org/typo is not a local path, and ")
     (tmp_path / "file").touch()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
     full = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=10, total=10, used=0)\n"
@@ -355,11 +355,11 @@ def test_what_is_not_there_is_said_in_a_sentence(hub, chat_model, tmp_path):
     )
     (stopped,) = ask(f"{limit}said(lambda: find('org/tiny'))")
     assert stopped == (
-        f"OSError: {tmp_path}/home/hub cannot be written to (File too large); make room, or let HF_HOME or cache_dir "
-        "name another place"
+        f"OSError: {tmp_path}/home/hub cannot be written to (File too large); make room, or set HF_HOME or cache_dir "
+        "to another folder"
     )
-    assert "takes 0.00 GB" in room
-    assert room.endswith("has 0.00 GB free; HF_HOME or cache_dir names another place")
+    assert "needs 0.00 GB" in room
+    assert room.endswith("has 0.00 GB free; set HF_HOME or cache_dir to another folder")
     assert place.startswith(f"OSError: {tmp_path / 'file'} cannot be written to (Not a directory); make room")
     assert ask("print(open(find('org/tiny') / 'model.safetensors', 'rb').read()[-9:])") == [
         str(chat_model[WEIGHTS][-9:])
@@ -374,19 +374,19 @@ def test_without_a_network(hub, chat_model, tmp_path):
     try_all = "said(lambda: find('org/tiny')); said(lambda: find('org/other'))"
     cached, gone = ask(try_all)
     assert cached == folder
-    assert gone.startswith(f"OSError: org/other is no path here, and could not be downloaded from {hub.address} (")
-    assert gone.endswith("check the network and try again: files that are whole are not downloaded twice")
+    assert gone.startswith(f"OSError: org/other is not a local path, and could not be downloaded from {hub.address} (")
+    assert gone.endswith("check the network and try again: complete files are not downloaded again")
     cached, gone = ask(BLOCKED + try_all, HF_HUB_OFFLINE="1")
     assert cached == folder
-    assert gone.endswith("and HF_HUB_OFFLINE is set: allow the network, or give the path of a model")
+    assert gone.endswith("and HF_HUB_OFFLINE is set: allow network access, or give the path of a model")
     gone, both = ask(
         f"{BLOCKED}for update in (False, True):\n"
         "    said(lambda: find('org/other', local_files_only=True, update=update))"
     )
     assert both == (
-        "ValueError: org/other cannot be downloaded anew while local_files_only is set; leave one of the two out"
+        "ValueError: org/other cannot be downloaded again or updated while local_files_only is set; unset one of them"
     )
-    assert "and local_files_only is set: allow the network" in gone
+    assert "and local_files_only is set: allow network access" in gone
 
 
 def test_a_path_goes_before_the_hub(hub, tmp_path, monkeypatch):

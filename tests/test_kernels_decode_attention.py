@@ -265,16 +265,16 @@ def test_huge_scores_overflow_nothing():
 def test_arguments_that_do_not_fit_are_named():
     q, k = torch.ones(2, 4, 1, 8, device=DEVICE), torch.ones(2, 2, 5, 8, device=DEVICE)
     for expected, args in [
-        ("one token per row, got 3; flash_attention takes several", (q.repeat(1, 1, 3, 1), k, k, None)),
-        ("2 queries and a cache of 1 rows", (q, k[:1], k[:1], None)),
+        ("one token per row, got 3; use flash_attention for more", (q.repeat(1, 1, 3, 1), k, k, None)),
+        ("q has 2 rows, but the caches have 1", (q, k[:1], k[:1], None)),
         (r"lengths must be \(2,\) integers, got \(1,\)", (q, k, k, integers([1]))),
         (r"lengths must be \(2,\) integers", (q, k, k, torch.ones(2, device=DEVICE))),
         (r"mask must be \(2, 5\) integers, got \(2, 4\)", (q, k, k, None, integers(np.ones((2, 4))))),
         (r"mask must be \(2, 10\) integers", (q, k, k, None, integers(np.ones((2, 5))), integers([[0, 1], [1, 0]]))),
         (r"block_table must be \(2, pages\) integers, got \(1, 2\)", (q, k, k, None, None, integers([[0, 1]]))),
         ("block_table must be", (q, k, k, None, None, torch.ones(2, 1, device=DEVICE))),
-        ("3 query heads do not divide among 2", (q[:, :3], k, k, None)),
-        ("one dtype", (q, k.half(), k.half(), None)),
+        ("3 query heads are not a multiple of 2", (q[:, :3], k, k, None)),
+        ("the same dtype", (q, k.half(), k.half(), None)),
     ]:
         with pytest.raises(ValueError, match=f"decode_attention: .*{expected}"):
             decode_attention(*args)

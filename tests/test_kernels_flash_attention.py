@@ -426,18 +426,18 @@ def test_arguments_that_do_not_fit_are_named():
         (r"lengths must be \(2,\) integers", {"lengths": torch.ones(2, device=DEVICE)}),
         (r"first_keys must be \(2, 3\) integers, got \(1, 3\)", {"first_keys": table[:1]}),
         (r"mask must be \(2, 5\) integers, got \(2, 3\)", {"mask": table}),
-        ("cu_seqlens and first_keys say the same thing", {"first_keys": table, "cu_seqlens": table[0]}),
+        ("pass either cu_seqlens or first_keys, not both", {"first_keys": table, "cu_seqlens": table[0]}),
     ]:
         with pytest.raises(ValueError, match=f"flash_attention: {expected}"):
             flash_attention(q, k, k, **args)
     for expected, tensors in [
         ("q must be .* k and v", (q[0], k, k)),
         (r"got .*\(2, 2, 4, 8\)", (q, k, k[:, :, :4])),
-        ("one dtype, got torch.float32, torch.float16, torch.float16", (q, k.half(), k.half())),
-        ("heads of one length up to 256, got 8 and 4", (q, k[..., :4], k[..., :4])),
-        ("heads of one length up to 256, got 300", (q.repeat(1, 1, 1, 38)[..., :300],) * 3),
-        ("3 query heads do not divide among 2", (q[:, :3], k, k)),
-        ("2 rows of queries and 1 of keys", (q, k[:1], k[:1])),
+        ("the same dtype, got torch.float32, torch.float16, torch.float16", (q, k.half(), k.half())),
+        ("one head_dim of at most 256, got 8 and 4", (q, k[..., :4], k[..., :4])),
+        ("one head_dim of at most 256, got 300", (q.repeat(1, 1, 1, 38)[..., :300],) * 3),
+        ("3 query heads are not a multiple of 2", (q[:, :3], k, k)),
+        ("q has 2 rows, but k and v have 1", (q, k[:1], k[:1])),
     ]:
         with pytest.raises(ValueError, match=f"flash_attention: .*{expected}"):
             flash_attention(*tensors)

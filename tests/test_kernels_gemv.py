@@ -110,11 +110,11 @@ def test_nothing_gives_nothing_and_no_width_gives_zeros():
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        (((5, 4), (3, 4)), r"gemv: x must be \(rows, width\) of up to 4 rows, got \(5, 4\)"),
-        (((1, 1, 4), (3, 4)), r"gemv: x must be \(rows, width\) of up to 4 rows, got \(1, 1, 4\)"),
+        (((5, 4), (3, 4)), r"gemv: x must be \(rows, width\) with up to 4 rows, got \(5, 4\)"),
+        (((1, 1, 4), (3, 4)), r"gemv: x must be \(rows, width\) with up to 4 rows, got \(1, 1, 4\)"),
         (((1, 4), (3, 5)), r"gemv: weights must be \(out, 4\) of x's dtype, torch.float32; got \(3, 5\)"),
-        (((1, 4),), "gemv: one to 3 weights, got 0"),
-        (((1, 4), *[(3, 4)] * 4), "gemv: one to 3 weights, got 4"),
+        (((1, 4),), "gemv: expected 1 to 3 weights, got 0"),
+        (((1, 4), *[(3, 4)] * 4), "gemv: expected 1 to 3 weights, got 4"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(shapes, words):
@@ -125,7 +125,7 @@ def test_shapes_that_do_not_fit_are_named(shapes, words):
 def test_a_dtype_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"got \(3, 4\) of torch.float16"):
         gemv(torch.ones(1, 4, device=DEVICE), torch.ones(3, 4, device=DEVICE, dtype=torch.float16))
-    with pytest.raises(ValueError, match="gemv_swiglu: gate and up must have one shape"):
+    with pytest.raises(ValueError, match="gemv_swiglu: gate and up must have the same shape"):
         gemv_swiglu(*(torch.ones(n, 4, device=DEVICE) for n in (1, 2, 3)))
 
 

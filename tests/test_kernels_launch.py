@@ -142,8 +142,8 @@ def test_refusals_name_what_is_wrong(name):
         if not isinstance(arg, torch.Tensor):
             continue
         for wrong, message in [
-            (arg.to("meta"), f"{function.__name__}: all tensors must be on one device, got .*meta"),
-            (arg.double(), f"{function.__name__}: dtypes are float32, float16 and bfloat16, got torch.float64"),
+            (arg.to("meta"), f"{function.__name__}: all tensors must be on the same device, got .*meta"),
+            (arg.double(), f"{function.__name__}: dtypes must be float32, float16 or bfloat16, got torch.float64"),
         ]:
             if arg.is_floating_point() or wrong.is_meta:
                 with pytest.raises(ValueError, match=message):
@@ -186,8 +186,8 @@ except ValueError as error:
 """)
     assert done.stderr == ""
     assert done.stdout == (
-        "swiglu: Triton's kernels run on a GPU, the tensors are on cpu. On a CPU only Triton's interpreter runs them, "
-        "for tests: set TRITON_INTERPRET=1 before Python starts\n"
+        "swiglu: Triton kernels need a GPU, but the tensors are on cpu. To test them on a CPU, in Triton's "
+        "interpreter, set TRITON_INTERPRET=1 before starting Python\n"
     )
 
 

@@ -139,7 +139,7 @@ def test_wide_rows(width):
 
 def test_a_row_too_wide_and_shapes_that_do_not_fit_are_named():
     one = torch.ones(tiles.WIDEST_ROW + 1, device=DEVICE)
-    with pytest.raises(ValueError, match=r"rms_norm: rows of up to 16384 numbers, got 16385; llama\.ops takes any"):
+    with pytest.raises(ValueError, match=r"rms_norm: rows can be up to 16384 wide, got 16385; llama\.ops takes any"):
         rms_norm(one[None], one, 1e-5)
     with pytest.raises(ValueError, match=r"weight must have the length of x's last axis, got .*\[3\].* for .*\[2, 4\]"):
         rms_norm(one[:8].view(2, 4), one[:3], 1e-5)

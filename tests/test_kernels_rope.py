@@ -106,7 +106,7 @@ def test_in_place_gives_the_same_bits_in_the_tensors_themselves_and_nowhere_else
 
 def test_in_place_refuses_tensors_whose_elements_share_memory():
     x, table = torch.ones(1, 1, 3, 4, device=DEVICE), torch.ones(1, 3, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="apply_rope: k is expanded, its elements share memory; not in place"):
+    with pytest.raises(ValueError, match="apply_rope: k is expanded and cannot be modified in place; clone it first"):
         apply_rope(x, x[:, :, :1].expand(1, 1, 3, 4), table, table, in_place=True)
     with pytest.raises(ValueError, match="apply_rope: q is expanded"):
         apply_rope(x.expand(1, 5, 3, 4), x, table, table, in_place=True)
@@ -214,7 +214,7 @@ def test_shapes_that_do_not_fit_are_named():
         apply_rope(q, q, table[:, :2], table)
     with pytest.raises(ValueError, match="apply_rope: sin must be"):
         apply_rope(q, q, table, table[..., :4])
-    with pytest.raises(ValueError, match=r"must agree in all but their heads, D even; got \(2, 4, 3, 8\) and \(1,"):
+    with pytest.raises(ValueError, match=r"must match but for heads, with D even; got \(2, 4, 3, 8\) and \(1,"):
         apply_rope(q, q[:1], table, table)
     with pytest.raises(ValueError, match="D even"):
         apply_rope(q[..., :7], q[..., :7], table[..., :7], table[..., :7])

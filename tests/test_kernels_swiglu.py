@@ -86,7 +86,7 @@ def test_wide_rows(width):
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"swiglu: gate and up must have one shape, got .*\[2\].* and .*\[3\]"):
+    with pytest.raises(ValueError, match=r"swiglu: gate and up must have the same shape, got .*\[2\].* and .*\[3\]"):
         swiglu(torch.ones(2, device=DEVICE), torch.ones(3, device=DEVICE))
-    with pytest.raises(ValueError, match="swiglu: gate and up must have one shape"):
+    with pytest.raises(ValueError, match="swiglu: gate and up must have the same shape"):
         swiglu(torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))

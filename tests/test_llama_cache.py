@@ -150,7 +150,7 @@ def test_a_static_cache_is_one_allocation(small, ids):
         read(small, ids[:, :1], cache)
     assert cache.get_seq_length() == 8
     for length in (None, 0, -3):
-        with pytest.raises(ValueError, match=f"max_cache_len must be the number of tokens .* got {length}"):
+        with pytest.raises(ValueError, match=f"max_cache_len must be a positive number of tokens, got {length}"):
             StaticCache(small.config, length)
     with pytest.raises(ValueError, match="room for 4 tokens and 8 are needed"):
         read(small, ids, StaticCache(small.config, 4))
@@ -323,7 +323,7 @@ def test_update_gives_all_there_is():
     assert torch.equal(values, torch.cat([v, v[:, :, :1]], 2))
     cache.update(k, v, 1)
     assert (cache.get_seq_length(), cache.get_seq_length(1)) == (4, 3)
-    with pytest.raises(ValueError, match="the cache holds 1 rows and 2 come"):
+    with pytest.raises(ValueError, match="the cache holds 1 rows, got 2"):
         cache.update(k.expand(2, 2, 3, 4), v.expand(2, 2, 3, 4), 0)
 
 

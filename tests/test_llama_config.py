@@ -375,7 +375,7 @@ def test_labels_follow_each_other():
     assert LlamaConfig.from_dict(named.to_diff_dict()).id2label == {0: "a", 1: "b"}
     fields = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     assert LlamaForSequenceClassification(LlamaConfig(**fields, num_labels=4)).score.out_features == 4
-    with pytest.raises(ValueError, match="num_labels is 3 and id2label names 1"):
+    with pytest.raises(ValueError, match="num_labels is 3, but id2label has 1"):
         LlamaConfig(num_labels=3, id2label={0: "a"})
     for wrong in (0, -1, True, "2"):
         with pytest.raises(ValueError, match="num_labels must be a positive integer"):
@@ -459,10 +459,10 @@ def rope(kind, **rest):
         ({"rope_scaling": "linear"}, "rope_scaling must be a dictionary"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' lack factor"),
         (rope("spiral"), "'spiral' is unknown"),
-        (rope("linear", factr=2.0, factor=2.0), "do not know factr"),
+        (rope("linear", factr=2.0, factor=2.0), "do not accept factr"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; only 'llama'"),
-        ({"num_key_value_head": 8}, "num_key_value_head is unknown; num_key_value_heads must be meant"),
+        ({"num_key_value_head": 8}, r"num_key_value_head is unknown; did you mean num_key_value_heads\?"),
         ({"problem_type": "riddle"}, "problem_type must be one of .*regression.*, got 'riddle'"),
         ({"attn_implementation": "flash"}, "attn_implementation must be one of .*eager.*, got 'flash'.*backend"),
         ({"_attn_implementation": "flash"}, "attn_implementation must be one of"),

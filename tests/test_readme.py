@@ -62,5 +62,5 @@ def test_a_table_comes_from_the_results_that_are_there(tmp_path):
         "before\n<!-- table: cpu -->\n| | reference | other |\n|---|---|---|\n| decode, tokens/s | 10.0 | 4.0 |\n"
         "| prefill of 512 tokens, s | 1.00 | 2.50 |\n<!-- end -->\n<!-- table: model -->\nkept\n<!-- end -->\n"
     )
-    with pytest.raises(ValueError, match="no table is called 'nope'; there are model, cpu, tokenizer"):
+    with pytest.raises(ValueError, match="unknown table 'nope'; choose from model, cpu, tokenizer"):
         filled("<!-- table: nope -->\n<!-- end -->", tmp_path)

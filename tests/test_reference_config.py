@@ -95,7 +95,7 @@ def test_head_dim_frees_hidden_size_from_the_heads():
 def test_names_of_other_types_have_no_effect_and_are_mentioned():
     """As Yarn-Llama's "finetuned"; misspelt names are refused below."""
     scaling = {"type": "linear", "factor": 2.0}
-    with pytest.warns(UserWarning, match="type 'linear' do not know beta_fast, finetuned"):
+    with pytest.warns(UserWarning, match="type 'linear' do not accept beta_fast, finetuned"):
         config = Config.from_dict({"rope_scaling": scaling | {"finetuned": True, "beta_fast": 32}})
     assert config == Config.from_dict({"rope_scaling": scaling})
 
@@ -135,7 +135,7 @@ def rope(kind, **rest):
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
         ({"rope_theta": 1.0}, r"\['rope_theta'\] must be a number above 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
-        ({"hidden_act": "nope"}, "hidden_act 'nope' is unknown; known are .*silu"),
+        ({"hidden_act": "nope"}, "hidden_act 'nope' is unknown; choose from .*silu"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number of at least 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -146,11 +146,11 @@ def rope(kind, **rest):
         ({"eos_token_id": [1, "2"]}, "eos_token_id"),
         ({"rope_parameters": [1]}, "rope_scaling must be a dictionary"),
         ({"rope_scaling": "linear"}, "rope_scaling must be a dictionary"),
-        (rope("spiral"), "rope_type 'spiral' is unknown; known are default, linear, dynamic, yarn, longrope, llama3"),
+        (rope("spiral"), "rope_type 'spiral' is unknown; choose from default, linear, dynamic, yarn, longrope, llama3"),
         (rope("linear"), "type 'linear' lack factor"),
         (rope("linear", factor=0.5), r"\['factor'\] must be a number of at least 1"),
         (rope("dynamic", factor="2"), r"\['factor'\]"),
-        (rope("linear", factr=2.0, factor=2.0), "do not know factr; known are factor, rope_theta"),
+        (rope("linear", factr=2.0, factor=2.0), "do not accept factr; valid keys are factor, rope_theta"),
         (rope("default", rope_theta=0), r"\['rope_theta'\]"),
         (rope("default", partial_rotary_factor=0.5), "partial_rotary_factor must be 1"),
         (rope("yarn"), "lack factor"),
@@ -164,13 +164,13 @@ def rope(kind, **rest):
         (rope("llama3", **LLAMA3 | {"low_freq_factor": 0}), r"\['low_freq_factor'\]"),
         (rope("llama3", **LLAMA3 | {"factor": None}, original_max_position_embeddings=512), "lack factor"),
         (rope("longrope", short_factor=[1.0] * 64), "lack long_factor"),
-        (rope("longrope", **LISTS | {"long_factor": [1.0] * 3}), r"head_dim / 2 = 64 numbers, got 3 of them"),
-        (rope("longrope", **LISTS | {"long_factor": 2.0}), r"\['long_factor'\] must list"),
+        (rope("longrope", **LISTS | {"long_factor": [1.0] * 3}), r"head_dim / 2 = 64 numbers, got a list of 3"),
+        (rope("longrope", **LISTS | {"long_factor": 2.0}), r"\['long_factor'\] must contain"),
         (rope("longrope", **LISTS | {"long_factor": [0.0] * 64}), r"each number of .*long_factor"),
         (rope("llama3", factor=8.0), "lack high_freq_factor, low_freq_factor"),
         (rope("llama3", **LLAMA3 | {"high_freq_factor": 1.0}), r"low_freq_factor.* must be below"),
         ({"architectures": ["MistralForCausalLM"]}, "only Llama models"),
-        ({"num_key_value_head": 8}, "num_key_value_head is unknown; num_key_value_heads must be meant"),
+        ({"num_key_value_head": 8}, r"num_key_value_head is unknown; did you mean num_key_value_heads\?"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; only 'llama'"),
     ],
 )  # fmt: skip

@@ -144,7 +144,7 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
     ("call", "message"),
     [
         (lambda m: generate(*m, np.ones(3, int), 2), "input_ids must be of shape"),
-        (lambda m: generate(*m, np.ones((1, 3), int), 0), "max_new_tokens must be at least 1"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 0), "max_new_tokens must be an integer of at least 1"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.array([[1, 1, 0]])), "on the left"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, attention_mask=np.ones((1, 2))), "attention_mask must be"),
         (lambda m: generate(*m, np.ones((1, 3), int), 2, [3, 30]), "eos_token_id must be .* 0 to 29, got 30"),
@@ -165,7 +165,7 @@ def test_the_same_seed_writes_the_same_and_others_write_otherwise(model):
         (lambda m: Sampler(repetition_penalty=0), "repetition_penalty must be from 1e-6 to 1e6, got 0"),
         (lambda m: Sampler(repetition_penalty=1e-300), "repetition_penalty must be from 1e-6 to 1e6, got 1e-300"),
         (lambda m: Sampler(seed=-1), "seed must be"),
-        (lambda m: Sampler(seed=2**64), r"seed must be None or a whole number from 0 to 2\*\*64 - 1, got 18446744"),
+        (lambda m: Sampler(seed=2**64), r"seed must be None or an integer from 0 to 2\*\*64 - 1, got 18446744"),
         (lambda m: Sampler(temperature=1e-37), r"temperature must be 0 \(greedy\) or from 1e-6 to 1e6, got 1e-37"),
     ],
 )  # fmt: skip
@@ -177,12 +177,12 @@ def test_wrong_arguments_are_named(model, call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: Sampler(seed=1.5), "seed must be None or a whole number .* got 1.5"),
-        (lambda m: Sampler(top_k=2.5), "top_k must be None .* or a whole number of at least 1, got 2.5"),
+        (lambda m: Sampler(seed=1.5), "seed must be None or an integer .* got 1.5"),
+        (lambda m: Sampler(top_k=2.5), "top_k must be None .* or an integer of at least 1, got 2.5"),
         (lambda m: Sampler(temperature="0.7"), "temperature must be 0 .* got '0.7'"),
         (lambda m: Sampler(temperature=None), "temperature must be 0 .* got None"),
-        (lambda m: generate(*m, np.ones((1, 3), int), 2.5), "max_new_tokens must be at least 1.* got 2.5"),
-        (lambda m: generate(*m, np.ones((1, 3), int), "2"), "max_new_tokens must be at least 1.* got '2'"),
+        (lambda m: generate(*m, np.ones((1, 3), int), 2.5), "max_new_tokens must be an integer of at least 1, got 2.5"),
+        (lambda m: generate(*m, np.ones((1, 3), int), "2"), "max_new_tokens must be an integer of at least 1, got '2'"),
     ],
 )
 def test_arguments_of_another_type_are_named(model, call, message, monkeypatch):

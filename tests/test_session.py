@@ -90,7 +90,7 @@ def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2, open_sessio
 
 def test_a_tokenizer_of_another_model_is_named(tmp_path, smollm2, open_session):
     session = open_session(folder_model(tmp_path, smollm2, vocab_size=12))
-    with pytest.raises(ValueError, match="the tokenizer gives 99, and the model knows ids below 12"):
+    with pytest.raises(ValueError, match="the tokenizer gives 99, but the model only knows ids below 12"):
         next(session.answer([1, 99]))
 
 

@@ -60,9 +60,9 @@ def test_without_a_prompt_it_asks_for_a_capital(checkout):
 
 def test_wrong_set_up_gets_a_sentence(checkout):
     for arguments, message in (
-        (["run", "TORCH=rocm"], "TORCH=rocm is unknown; say cpu, cuda, none or auto"),
-        (["run", "TORCH=cpu", "PYTHON=python9"], "python9 is not there; make PYTHON=... names another Python"),
-        (["test", "TORCH=none"], "TORCH=none leaves the tests' tools out"),
+        (["run", "TORCH=rocm"], "TORCH=rocm is unknown; choose cpu, cuda, none or auto"),
+        (["run", "TORCH=cpu", "PYTHON=python9"], "python9 was not found; choose another with make PYTHON=..."),
+        (["test", "TORCH=none"], "TORCH=none omits the test tools"),
     ):
         done = make(checkout, *arguments)
         assert done.returncode == 2

@@ -90,10 +90,10 @@ CONTROLS = {
     "too wide a tile": "bytes of shared memory",
     "a descriptor made on the device": "scratch memory",
     "float64": "double precision",
-    "a start that is not aligned": "no load of 128 bits",
-    "a dot without matrix units": "should multiply by",
+    "a start that is not aligned": "no 128-bit load",
+    "a dot without matrix units": "should use",
     "no such width": "does not compile",
-    "one thing at a time": "no softmax while a product is under way",
+    "one thing at a time": "does not overlap softmax with a product",
 }
 
 

@@ -243,7 +243,7 @@ def test_llama_3s_ranks_make_its_tokenizer(tmp_path):
     assert tokenizer.decode(tokenizer.encode("abc 🦙<|eot_id|>"), skip_special_tokens=True) == "abc 🦙"
     assert tokenizer.bos_token_id == 260
     assert len(tokenizer) == 260 + 256
-    with pytest.raises(ValueError, match="is Llama 3's kind of tokenizer"):
+    with pytest.raises(ValueError, match="is a Llama 3 tokenizer"):
         LlamaTokenizer(path)
     for wrong in (lines.replace(b" 7\n", b" 8\n"), lines.replace(b" 7\n", b" x\n")):
         path.write_bytes(wrong)
@@ -289,20 +289,20 @@ def test_bad_input_is_named(model, kind):
         (lambda: tokenizer(["a"], "b"), "text_pair must be a list as long as text"),
         (lambda: tokenizer("a\ud800"), "not valid Unicode"),
         (lambda: tokenizer(["a", "b c"], padding=True), "does not have a padding token"),
-        (lambda: tokenizer(["a", "b c d"], return_tensors="np"), "different lengths make no tensor"),
+        (lambda: tokenizer(["a", "b c d"], return_tensors="np"), "different lengths do not fit into one tensor"),
         (lambda: tokenizer("a", return_tensors="tf"), 'return_tensors must be "pt", "np" or None'),
         (lambda: tokenizer("a", truncation="middle", max_length=3), "truncation must be one of"),
-        (lambda: tokenizer("a", max_length=0, truncation=True), "max_length leaves no room"),
-        (lambda: tokenizer("a", max_length=-1), "max_length must be a whole number"),
+        (lambda: tokenizer("a", max_length=0, truncation=True), "max_length is too small"),
+        (lambda: tokenizer("a", max_length=-1), "max_length must be an integer"),
         (lambda: tokenizer("a", padding="around"), "padding must be one of"),
-        (lambda: tokenizer.encode("a", colour="red"), "'colour' is no option of the tokenizer"),
+        (lambda: tokenizer.encode("a", colour="red"), "'colour' is not a tokenizer option"),
         (lambda: tokenizer.decode([len(tokenizer)]), f"got {len(tokenizer)}"),
         (lambda: tokenizer.decode([-1]), "got -1"),
-        (lambda: tokenizer.decode("a"), "ids must be numbers, got str"),
+        (lambda: tokenizer.decode("a"), "ids must be integers, got str"),
         (lambda: tokenizer.convert_ids_to_tokens(10**12), "got 1000000000000"),
-        (lambda: tokenizer.add_special_tokens({"boss_token": "<b>"}), "'boss_token' is no special token"),
-        (lambda: kind(model, colour="red"), "'colour' is no option of the tokenizer"),
-        (lambda: kind.from_pretrained(model, colour="red"), "'colour' is no option of the tokenizer"),
+        (lambda: tokenizer.add_special_tokens({"boss_token": "<b>"}), "'boss_token' is not a special token"),
+        (lambda: kind(model, colour="red"), "'colour' is not a tokenizer option"),
+        (lambda: kind.from_pretrained(model, colour="red"), "'colour' is not a tokenizer option"),
         (lambda: tokenizer.save_vocabulary("/nowhere"), "should be a directory"),
         (lambda: tokenizer.get_special_tokens_mask([1], [2], True), "should not supply a second sequence"),
     ]:
@@ -310,9 +310,9 @@ def test_bad_input_is_named(model, kind):
             call()
     with pytest.raises(TypeError, match="colour"):
         tokenizer("a", colour="red")
-    with pytest.raises(ValueError, match="sp_model_kwargs: 'colour' is no option"):
+    with pytest.raises(ValueError, match="sp_model_kwargs: 'colour' is not an option"):
         LlamaTokenizer(model, sp_model_kwargs={"colour": 1})
-    with pytest.raises(ValueError, match="only LlamaTokenizerFast knows"):
+    with pytest.raises(ValueError, match="return_offsets_mapping needs LlamaTokenizerFast"):
         LlamaTokenizer(model)("a", return_offsets_mapping=True)
     assert tokenizer.decode([]) == tokenizer.convert_tokens_to_string([]) == ""
     assert tokenizer.decode(np.array([1, 2])) == "<s></s>"
@@ -323,7 +323,7 @@ def test_the_fast_class_leaves_other_kinds_of_model_to_sentencepiece(tmp_path):
     path = tmp_path / "m.model"
     path.write_bytes(sentencepiece_models.train(["a b c hello there"] * 50, 285, remove_extra_whitespaces=True))
     assert LlamaTokenizer(path).tokenize("hello   there")
-    with pytest.raises(ValueError, match=r"m\.model is no model of Llama's kind .*; use LlamaTokenizer for it"):
+    with pytest.raises(ValueError, match=r"m\.model is not a model of Llama's kind .*; use LlamaTokenizer for it"):
         LlamaTokenizerFast(path)
 
 
@@ -400,13 +400,13 @@ def test_hostile_templates_end_soon_with_an_error(model, template):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(add_generation_prompt=True, continue_final_message=True), "exclude each other"),
+        (dict(add_generation_prompt=True, continue_final_message=True), "mutually exclusive"),
         (dict(tokenize=False, return_dict=True), "return_dict=True needs tokenize=True"),
         (dict(return_assistant_tokens_mask=True), "needs return_dict=True"),
         (dict(tools=[3]), "tools must be JSON schemas"),
-        (dict(conversation=[]), "a conversation must be a list"),
+        (dict(conversation=[]), "conversation must be a non-empty list"),
         (dict(conversation=["hello"]), "each a dictionary"),
-        (dict(continue_final_message=True, chat_template="{{ messages | length }}"), "does not write the last message"),
+        (dict(continue_final_message=True, chat_template="{{ messages | length }}"), "drops or alters the last"),
     ],
 )
 def test_bad_conversations_are_named(model, options, message):

@@ -202,13 +202,13 @@ def test_a_function_that_says_too_little_is_named():
         """
 
     for tool, message in [
-        (silent, "silent has no schema: it has no docstring"),
+        (silent, "silent has no JSON schema: it has no docstring"),
         (untyped, "argument a has no type hint"),
         (undescribed, 'does not describe a under "Args:"'),
-        (strange, "JSON has nothing for the type"),
+        (strange, "the type .* has no JSON equivalent"),
         (unknown, "'Nowhere' is not defined"),
-        (choosy, "choosy has no schema"),
-        (3, "tools must be JSON schemas, that is dictionaries, or functions; got int"),
+        (choosy, "choosy has no JSON schema"),
+        (3, r"tools must be JSON schemas \(dictionaries\) or functions, got int"),
     ]:
         with pytest.raises(ValueError, match=message):
             LlamaTokenizerFast(MODEL).apply_chat_template(CALL, tools=[tool], chat_template=TEMPLATE)

@@ -1,5 +1,5 @@
-"""Generating text: options (`config`), from logits to a choice (`processors`), when to stop (`stopping`), and text
-while it is written (`streamers`). As in transformers, the classes are names of this package too, loaded when asked for.
+"""Text generation: options (`config`), logits processors (`processors`), stopping criteria (`stopping`) and streamers
+(`streamers`). As in transformers, the package itself exports the classes; they are imported lazily.
 """
 
 from importlib import import_module

@@ -1,24 +1,24 @@
-"""Beam search: the likeliest of several texts that are written side by side."""
+"""Beam search."""
 
 import torch
 from torch.nn import functional as F
 
 from .mixin import Run
 
-OUT = -1.0e9  # added to the score of what may not be chosen; transformers' number, so that ties fall as they do there
+OUT = -1.0e9  # added to the scores of excluded candidates; transformers' value, so that ties break as they do there
 
 
 def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Write `num_beams` texts per prompt side by side; give the best `num_return_sequences` of those that ended.
+    """Search with `num_beams` beams per prompt and return the best `num_return_sequences` finished ones.
 
-    A step scores every continuation of every running beam by the sum of its log probabilities, and keeps the best:
-    twice as many as beams (or more, with several end tokens), so that enough are left to go on when some have ended.
-    What has ended is ranked by its sum over length ** length_penalty. A prompt is done when its running beams cannot
-    better the ended ones: certain only for `early_stopping="never"`, and a guess at the present length for False; True
-    is done as soon as there are `num_beams` ended ones.
+    Each step scores every continuation of every running beam by the sum of its log probabilities and keeps the best:
+    twice as many as beams (or more, with several end tokens), so that enough are left to continue when some finish.
+    Finished beams are ranked by their sum divided by length ** length_penalty. A prompt is done when its running beams
+    cannot improve on the finished ones: guaranteed only for `early_stopping="never"`, estimated at the current length
+    for False; True stops as soon as `num_beams` beams have finished.
 
     Returns:
-        sequences (B, length), and {"sequences_scores", "beam_indices"} of them.
+        sequences (B · num_return_sequences, length), and their {"sequences_scores", "beam_indices"}.
     """
     config, beams, prompt, limit = run.config, run.config.num_beams, run.length, run.limit
     B, device = len(run.ids) // beams, run.ids.device
@@ -28,7 +28,7 @@ def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     running = run.ids.view(B, beams, limit)
     running_from = torch.full((B, beams, limit - prompt), -1, dtype=torch.long, device=device)
     running_scores = torch.full((B, beams), OUT, device=device)
-    running_scores[:, 0] = 0  # the beams are still equal: only the first counts
+    running_scores[:, 0] = 0  # the beams are still identical: only the first counts
     ended, ended_from = running.clone(), running_from.clone()
     ended_scores = torch.full((B, beams), OUT, device=device)
     is_ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
@@ -36,7 +36,7 @@ def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     row = torch.arange(B, device=device)[:, None] * beams
 
     while True:
-        # Continue: the best (or drawn) continuations of all beams of a prompt.
+        # The best (or sampled) continuations of all beams of a prompt.
         text = running.view(B * beams, limit)[:, : run.length]
         out = run.reader.read(text)
         logits = out.logits[:, -1].float()
@@ -59,7 +59,7 @@ def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if run.length >= limit:
             done = torch.ones_like(done)
 
-        # Those that have ended, of the best, join the ended; the best of both stay.
+        # Add those among the best that have finished to the finished ones, and keep the best of both.
         final = top / (run.length - prompt) ** config.length_penalty
         full = is_ended.all(1, keepdim=True) & (config.early_stopping is True)
         final = final + (full | ~can_improve | ~(done & first)) * OUT
@@ -68,7 +68,7 @@ def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         ended_from = _pick(torch.cat((ended_from, texts_from), 1), best)
         is_ended = torch.cat((is_ended, done & first), 1).gather(1, best)
 
-        # The others go on.
+        # The others continue.
         running_scores, going = (top + done * OUT).topk(beams)
         running, running_from = _pick(texts, going), _pick(texts_from, going)
 
@@ -85,10 +85,10 @@ def beam_search(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
     chosen = config.num_return_sequences
     sequences, scores, came_from = (t[:, :chosen].flatten(0, 1) for t in (ended, ended_scores, ended_from))
-    longest = int((came_from >= 0).sum(-1).max())  # what no text has reached is cut off
+    longest = int((came_from >= 0).sum(-1).max())  # trim columns that no text reaches
     return sequences[:, : prompt + longest], {"sequences_scores": scores, "beam_indices": came_from[:, :longest]}
 
 
 def _pick(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of each prompt's beams (B, n, ...) those at `index` (B, m)."""
+    """Select, from each prompt's beams (B, n, ...), those at `index` (B, m)."""
     return beams.take_along_dim(index.view(*index.shape, *[1] * (beams.dim() - 2)), dim=1)

@@ -1,4 +1,4 @@
-"""Options for generating text: the part of transformers' GenerationConfig that a Llama needs."""
+"""Generation options: the part of transformers' GenerationConfig that a Llama needs."""
 
 import copy
 import difflib
@@ -19,7 +19,7 @@ FILE = "generation_config.json"
 METADATA = ("transformers_version", "_from_model_config", "_commit_hash")
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 
-# transformers' options that are not here, and the values at which each of them does nothing.
+# Unsupported options of transformers, with the values at which each has no effect.
 REFUSED: dict[str, tuple] = {
     "penalty_alpha": (0,),
     "num_beam_groups": (1,),
@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple] = {
     "assistant_ensemble_weight": (),
     "speculation_type": (),
 }
-# transformers' options that change no token a Llama writes; kept, and not looked at.
+# Options of transformers that do not affect the tokens a Llama generates: kept but ignored.
 WITHOUT_EFFECT = {
     "assistant_lookbehind",
     "cache_config",
@@ -56,20 +56,20 @@ WITHOUT_EFFECT = {
 
 
 class GenerationConfig:
-    """The options of `generate`, under transformers' names and with its defaults.
+    """The options of `generate`, with the names and defaults of transformers.
 
-    An option that was not set stands at its default, and None takes a setting back: null in a file of transformers 5
-    says the same as no line at all. `given` tells the two apart where it matters: `max_length` counts the prompt, but
-    left alone it stands for 20 new tokens (`total_length`).
+    Options that are not set have their defaults, and setting one to None unsets it: null in a file of transformers 5
+    means the same as no entry. `given` tells whether an option was set, where that matters: `max_length` counts the
+    prompt, but its default stands for 20 new tokens (`total_length`).
 
-    Keys that are no options are kept when they come from a file, and refused as keywords.
+    Unknown keys are kept when they come from a file, and rejected as keywords.
 
     Raises:
-        ValueError: an option has an illegal value, goes ill with another, is not supported, or does not exist.
+        ValueError: an option has an illegal value, conflicts with another, is not supported, or does not exist.
     """
 
-    max_length: int = 20  # with the prompt
-    max_new_tokens: int | None = None  # goes before max_length
+    max_length: int = 20  # prompt included
+    max_new_tokens: int | None = None  # takes precedence over max_length
     min_length: int = 0
     min_new_tokens: int | None = None
     early_stopping: bool | str = False
@@ -81,7 +81,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     use_cache: bool = True
     cache_implementation: str | None = None  # None is "dynamic"
-    prefill_chunk_size: int | None = None  # tokens of the prompt to read at a time: takes less memory; None is all
+    prefill_chunk_size: int | None = None  # prompt tokens per forward pass, to save memory; None is all of them
 
     temperature: float = 1.0
     top_k: int = 50  # 0 keeps all
@@ -94,12 +94,12 @@ class GenerationConfig:
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words_ids: list[list[int]] | None = None
-    sequence_bias: dict[tuple[int, ...], float] | list | None = None  # or [[[ids], bias], ...], as a file has it
+    sequence_bias: dict[tuple[int, ...], float] | list | None = None  # or [[[ids], bias], ...], as in a file
     renormalize_logits: bool = False
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | list[int] | None = None
     remove_invalid_values: bool = False
-    exponential_decay_length_penalty: tuple[int, float] | None = None  # first new token it acts on, factor
+    exponential_decay_length_penalty: tuple[int, float] | None = None  # first new token affected, factor
     suppress_tokens: list[int] | None = None
     begin_suppress_tokens: list[int] | None = None
     guidance_scale: float | None = None
@@ -126,8 +126,8 @@ class GenerationConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in FIELDS and hasattr(type(self), name):
-            raise ValueError(f"`{name}` is no generation option, and cannot be kept under that name")
-        if hasattr(value, "tolist"):  # tensors, arrays and NumPy's numbers could not be written to a file
+            raise ValueError(f"`{name}` is not a generation option, and cannot be kept under that name")
+        if hasattr(value, "tolist"):  # tensors, arrays and NumPy scalars are not JSON-serializable
             value = value.tolist()
         if value is None and name in FIELDS:
             vars(self).pop(name, None)
@@ -135,14 +135,14 @@ class GenerationConfig:
             super().__setattr__(name, value)
 
     def given(self, name: str) -> bool:
-        """Whether the option was set, if only to its default."""
+        """Whether the option was set, even if to its default."""
         return name in vars(self)
 
     def total_length(self, prompt_length: int, max_position_embeddings: int | None = None) -> int:
-        """The length, prompt included, at which writing ends.
+        """The length, prompt included, at which generation stops.
 
-        That is `max_new_tokens` more than the prompt, else `max_length` where it was set, else 20 more, as in
-        transformers 5 (in 4 it was 20 in all), but then no more than the model has positions.
+        That is `max_new_tokens` beyond the prompt if set, else `max_length` if set, else 20 beyond the prompt, as in
+        transformers 5 (20 in all in version 4), but then at most `max_position_embeddings`.
         """
         if self.max_new_tokens is not None:
             return prompt_length + self.max_new_tokens
@@ -151,11 +151,11 @@ class GenerationConfig:
         return min(prompt_length + self.max_length, max_position_embeddings or prompt_length + self.max_length)
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Set options, and return the keywords that are none. An error leaves the config as it was.
+        """Set options and return the keywords that are not options. An error leaves the config unchanged.
 
         Args:
-            defaults_only: leave alone what was set before.
-            allow_custom_entries: keep keywords that are no options too.
+            defaults_only: set only options that were not set before.
+            allow_custom_entries: also set keywords that are not options.
         """
         new, unused = copy.copy(self), {}
         for name, value in kwargs.items():
@@ -169,7 +169,7 @@ class GenerationConfig:
         return unused
 
     def validate(self) -> None:
-        """Raise a ValueError that names the first option whose value is illegal, and what is legal."""
+        """Raise a ValueError that names the first option with an illegal value, and what is legal."""
         for name, neutral in REFUSED.items():
             value = vars(self).get(name)
             if value is not None and value not in neutral:
@@ -177,7 +177,7 @@ class GenerationConfig:
         for name in LEGAL:
             value = getattr(self, name)
             if name == "temperature" and value == 0 and not self.do_sample:
-                continue  # files say so of models that are to be greedy
+                continue  # found in the files of models that are to be greedy
             if value is not None:
                 check(name, value)
         if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
@@ -197,15 +197,15 @@ class GenerationConfig:
                 raise ValueError(f"`{name}` ({sorted(forced)}) is also in `suppress_tokens`: no token would be left")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option, None where it was not set, and what else a file held."""
+        """Every option, None if it was not set, and unknown keys."""
         return dict.fromkeys(FIELDS) | self.to_diff_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Only what was set."""
+        """Only the options that were set, and unknown keys."""
         return copy.deepcopy(vars(self))
 
     def to_json_string(self, use_diff: bool = True, ignore_metadata: bool = False) -> str:
-        """What `save_pretrained` writes; `ignore_metadata` leaves out who wrote the file and from what."""
+        """What `save_pretrained` writes; `ignore_metadata` leaves out version and origin."""
         data = _jsonable(self.to_diff_dict() if use_diff else self.to_dict())
         data = {name: value for name, value in data.items() if not (ignore_metadata and name in METADATA)}
         return json.dumps(data, indent=2, sort_keys=True) + "\n"
@@ -220,7 +220,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "GenerationConfig":
-        """The config that a file's contents describe, unknown keys and all, with the options `kwargs` set on top."""
+        """Build a config from the contents of a file, unknown keys included; `kwargs` override them."""
         config = cls()
         for name, value in config_dict.items():
             setattr(config, name, copy.deepcopy(value))
@@ -231,11 +231,11 @@ class GenerationConfig:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any
     ) -> "GenerationConfig":
-        """The config in a model's folder, as transformers 4 or 5 or we wrote it; or in that of a Hugging Face id. For a
-        `.gguf` file or a folder of Meta's, which have none, what is known of them.
+        """Load the config of a model's folder, written by transformers 4 or 5 or by llama, or of a Hugging Face id. A
+        `.gguf` file and a folder in Meta's format have none, so it is derived from the checkpoint.
 
         Args:
-            kwargs: fields that take the place of the file's; and for the Hub `revision`, `token`, `cache_dir`,
+            kwargs: options, which override those of the file; and for the Hub `revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`, `subfolder`.
         """
         place = find(folder, wanted=config_file_name, **hub_options(kwargs))
@@ -248,7 +248,7 @@ class GenerationConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str], config_file_name: str = FILE) -> None:
-        """Write the config into `folder` as transformers 4 and 5 read it. The file appears whole or not at all."""
+        """Write the config to `folder`, atomically, in a form that transformers 4 and 5 read."""
         self.validate()
         path = Path(folder) / config_file_name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "GenerationConfig":
-        """What a model's configuration (or its dict) says of writing: the special tokens; in old files more."""
+        """Take the generation options of a model's configuration (or its dict): special tokens, in old files more."""
         data = model_config if isinstance(model_config, dict) else model_config.to_dict()
         said = {name: data[name] for name in FIELDS if data.get(name) not in (None, getattr(cls, name))}
         if any(name in said for name in OUTPUTS):
@@ -270,10 +270,10 @@ class GenerationConfig:
 
 
 def own_copy(config: Any) -> GenerationConfig:
-    """A copy of ours of `config`, which may also be transformers', where an option that is None was not set.
+    """Copy `config`, converting it if it is transformers', where an option that is None was not set.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is not a GenerationConfig.
     """
     if isinstance(config, GenerationConfig):
         return copy.deepcopy(config)
@@ -287,19 +287,19 @@ KNOWN = {*FIELDS, *REFUSED, *WITHOUT_EFFECT}
 
 
 def _jsonable(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` as both transformers read it: tuples are no keys in JSON, and 4 knows "dynamic" by its absence only."""
+    """`data` as transformers 4 and 5 read it: JSON keys cannot be tuples, and in 4 "dynamic" is to be left out."""
     if isinstance(bias := data.get("sequence_bias"), dict):
         data = data | {"sequence_bias": [[list(ids), value] for ids, value in bias.items()]}
     return {name: value for name, value in data.items() if (name, value) != ("cache_implementation", "dynamic")}
 
 
 def whole(value: Any, least: int = 0) -> bool:
-    """Whether `value` is an integer of at least `least`; True and False are none."""
+    """Whether `value` is an integer of at least `least`, other than True and False."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def real(value: Any) -> bool:
-    """Whether `value` is a number other than NaN; True and False are none."""
+    """Whether `value` is a number other than NaN, True and False."""
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
@@ -309,7 +309,7 @@ def token_ids(value: Any) -> bool:
 
 
 def biases(value: Any) -> bool:
-    """Whether `value` is {(ids): bias, ...} or [[[ids], bias], ...], and says something."""
+    """Whether `value` is {(ids): bias, ...} or [[[ids], bias], ...], and not empty."""
     if isinstance(value, dict):
         value = [(ids, bias) for ids, bias in value.items()]
     if not isinstance(value, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
@@ -347,7 +347,7 @@ def _ids(least: int) -> Check:
 _IDS: Check = token_ids, "a list of token ids"
 _ID: Check = lambda value: whole(value, -1), "a token id, or -1 for none"
 
-# What each option may be; None, where it is the default, always.
+# The legal values of each option; None, which unsets it, is always legal.
 LEGAL: dict[str, Check] = {
     "max_length": _at_least(1),
     "max_new_tokens": _at_least(1),
@@ -361,7 +361,7 @@ LEGAL: dict[str, Check] = {
     "cache_implementation": _one_of("dynamic", "static"),
     "prefill_chunk_size": _at_least(1),
     "temperature": _number(
-        "a strictly positive float (for greedy writing set do_sample=False)", lambda value: 0 < value < math.inf
+        "a strictly positive float (for greedy decoding set do_sample=False)", lambda value: 0 < value < math.inf
     ),
     "top_k": _at_least(0),
     "top_p": _number("a float from 0 to 1", lambda value: 0 <= value <= 1),
@@ -388,7 +388,7 @@ LEGAL: dict[str, Check] = {
     "guidance_scale": _number("a float"),
     "pad_token_id": _ID,
     "bos_token_id": _ID,
-    "eos_token_id": _ids(-1),  # -1 never comes
+    "eos_token_id": _ids(-1),  # -1 never occurs
     "prompt_lookup_num_tokens": _at_least(1),
     "max_matching_ngram_size": _at_least(1),
     "num_assistant_tokens": _at_least(1),
@@ -403,14 +403,14 @@ LEGAL: dict[str, Check] = {
 
 
 def _refuse(unknown: dict[str, Any]) -> None:
-    """Raise a ValueError that names the first keyword in `unknown`, and the option it may have been meant for."""
+    """Raise a ValueError that names the first keyword in `unknown` and suggests a similar option."""
     for name in unknown:
         near = difflib.get_close_matches(name, FIELDS, 1)
-        raise ValueError(f"`{name}` is no generation option" + (f"; did you mean `{near[0]}`?" if near else ""))
+        raise ValueError(f"`{name}` is not a generation option" + (f"; did you mean `{near[0]}`?" if near else ""))
 
 
 def check(name: str, value: Any) -> Any:
-    """`value`, or a ValueError that names the option where it is not legal for it."""
+    """Return `value`, or raise a ValueError that names the option if the value is not legal."""
     legal, wanted = LEGAL[name]
     require(legal(value), name, wanted, value)
     return value

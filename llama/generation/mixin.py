@@ -1,4 +1,4 @@
-"""`generate`: what a model writes after a prompt. Options, defaults and the order of things are transformers'."""
+"""`generate`: text generation with the options, defaults and order of operations of transformers."""
 
 import inspect
 import warnings
@@ -33,15 +33,16 @@ DECODINGS = ("plain", "auto", "static", "graph")
 
 
 class Reader:
-    """A model and what it has read of some texts: it reads what is new of them and scores what may follow.
+    """A model and its KV cache: runs the model on the tokens that the cache does not hold yet.
 
     Args:
-        mask: (B, P) of the prompt, None where there is no padding.
-        position_ids: (B, P) of the prompt, None where they follow the mask.
-        limit: the longest the texts can become.
-        inputs_embeds: (B, P, E) that are read in the place of the prompt's ids, of which there may be fewer or none.
-        chunk: the most tokens of a prompt to read at a time, None for all of them at once.
-        more: what a model's own `prepare_inputs_for_generation` gets besides.
+        mask: (B, P) of the prompt, None if there is no padding.
+        position_ids: (B, P) of the prompt, None to derive them from the mask.
+        limit: the maximum length of the texts.
+        inputs_embeds: (B, P, E), read in place of the prompt's ids, of which there may be fewer or none.
+        learnt: the number of peft's virtual tokens in the cache.
+        chunk: the maximum number of prompt tokens per forward pass, None for all of them.
+        more: further arguments of the model's own `prepare_inputs_for_generation`.
     """
 
     def __init__(self, model: nn.Module, cache: Cache | None, mask: torch.Tensor | None = None,
@@ -60,11 +61,11 @@ class Reader:
 
     @property
     def length(self) -> int:
-        """Tokens read."""
+        """The number of tokens in the cache."""
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     def read(self, ids: torch.Tensor, keep: int = 1) -> Any:
-        """The model's output, with the logits of the last `keep` tokens of `ids` (B, S), the texts so far."""
+        """Run the model on what is new in `ids` (B, S), the texts so far; the logits are of the last `keep` tokens."""
         end = ids.shape[1] + self.ahead
         if self.chunk is not None:
             while self.length + self.chunk + keep <= end:
@@ -92,29 +93,29 @@ class Reader:
         return self.model(**inputs | {"logits_to_keep": keep, "return_dict": True} | self.outputs)
 
     def _prepared(self, ids: torch.Tensor, start: int, end: int, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model's own `prepare_inputs_for_generation` makes of these, for the tokens from start to end."""
+        """Pass the inputs for tokens start to end through `prepare_inputs_for_generation`."""
         del inputs["input_ids"]
         inputs["inputs_embeds"] = self.embeds
         if inputs["position_ids"] is None:
             inputs["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
-        cls: Any = type(self.model)  # not the instance, in which peft's stands: `_learnt` asks that, once
+        cls: Any = type(self.model)  # not the instance's, which may be peft's: `_learnt` calls that, once
         return cls.prepare_inputs_for_generation(
             self.model, ids, next_sequence_length=end - start, is_first_iteration=start == 0, **inputs | self.more
         )
 
 
 def _prepares(model: nn.Module) -> bool:
-    """Whether the model's class has a `prepare_inputs_for_generation` of its own."""
+    """Whether the model's class overrides `prepare_inputs_for_generation`."""
     prepare = getattr(type(model), "prepare_inputs_for_generation", None)
     return isinstance(model, GenerationMixin) and prepare is not GenerationMixin.prepare_inputs_for_generation
 
 
 @dataclass
 class Run:
-    """One call of `generate`, prepared: what the ways of writing share.
+    """The state of one call of `generate`, shared by all decoding strategies.
 
-    ids: (B, limit), of which `length` columns are written. ends: the end tokens, None for none. cache_is_seen: the
-    reader's cache is the caller's, or will be.
+    ids: (B, limit), of which the first `length` columns are filled. ends: the end tokens, None for none. cache_is_seen:
+    the reader's cache was passed in, or may be returned.
     """
 
     model: Any
@@ -136,7 +137,7 @@ class Run:
 
     @property
     def text(self) -> torch.Tensor:
-        """(B, length): what there is so far."""
+        """(B, length): the text so far."""
         return self.ids[:, : self.length]
 
     @property
@@ -144,7 +145,7 @@ class Run:
         return tuple(self.record["scores"]) if "scores" in self.record else None
 
     def keep(self, **values: Any) -> None:
-        """Record of a step's values those that were asked for."""
+        """Record those values of a step that were requested."""
         for name, kept in self.record.items():
             kept.append(values[name])
 
@@ -160,12 +161,12 @@ class Run:
 
 
 def write(run: Run) -> Iterator[torch.Tensor]:
-    """Greedy search or sampling: yields each step's (B,) tokens. Rows that are done get padding."""
-    running: torch.Tensor | None = None  # all of them
+    """Greedy search or sampling: yield each step's (B,) tokens. Rows that are done get padding."""
+    running: torch.Tensor | None = None  # None: all rows
     while run.length < run.limit:
         out = run.reader.read(run.text)
         logits = out.logits[:, -1].float()
-        kept = logits.clone() if "logits" in run.record else None  # a processor may write into what it is given
+        kept = logits.clone() if "logits" in run.record else None  # a processor may modify its input
         scores = run.processors(run.text, logits) if run.processors else logits
         if run.record:
             run.keep(scores=scores, logits=kept, attentions=out.attentions, hidden_states=out.hidden_states)
@@ -203,41 +204,41 @@ class GenerationMixin:
         negative_prompt_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Write after the prompts: transformers' `generate`.
+        """Generate text after the prompts: transformers' `generate`.
 
         Args:
-            inputs: (B, T) ids, shorter prompts padded on the left; also as `input_ids`. With neither, and no
-                `inputs_embeds`, the text begins with `bos_token_id`.
-            generation_config: options; what it leaves open the model's own says. `kwargs` come before both.
-            logits_processor, stopping_criteria: more of them, which join those of the options.
-            prefix_allowed_tokens_fn: from a row's number and its ids to the ids that may follow.
-            assistant_model: a smaller model of the same vocabulary that drafts what this one checks (batch of one).
-            streamer: an object whose `put` gets the prompts and then every step's tokens, and at last `end` is called.
+            inputs: (B, T) ids, shorter prompts padded on the left; also accepted as `input_ids`. Without either, and
+                without `inputs_embeds`, the text begins with `bos_token_id`.
+            generation_config: options; those it does not set come from the model's own. `kwargs` override both.
+            logits_processor, stopping_criteria: additional ones, combined with those of the options.
+            prefix_allowed_tokens_fn: maps a prompt's index and the ids so far to the ids that may follow.
+            assistant_model: a smaller model with the same vocabulary, for speculative decoding (batch of one).
+            streamer: an object whose `put` receives the prompts, then each step's tokens; `end` is called last.
             negative_prompt_ids, negative_prompt_attention_mask: for `guidance_scale`.
             kwargs: fields of `GenerationConfig`; `attention_mask` (B, T), `position_ids`, `inputs_embeds` (B, T, E),
                 `past_key_values` (a cache that holds the first tokens of the prompt), `tokenizer` (for `stop_strings`).
-                And `decoding`: "plain", the default; "static" takes steps of a fixed shape over a preallocated cache;
+                And `decoding`: "plain", the default; "static" runs steps of a fixed shape over a preallocated cache;
                 "graph", experimental, replays such a step as a CUDA graph; "auto" does so wherever it can, and
                 is plain elsewhere. All but "plain" keep their buffers for the next call (`llama.decoding.release` frees
-                them), and draw on where scores are NaN, of which plain sampling raises.
+                them), and go on sampling from scores that are NaN, for which "plain" raises.
 
         Returns:
-            (B · num_return_sequences, length) ids, prompts included (not where `inputs_embeds` came alone); or, with
-            `return_dict_in_generate`, a record of them and what was asked for.
+            (B · num_return_sequences, length) ids, prompts included (unless only `inputs_embeds` was passed); or, with
+            `return_dict_in_generate`, an output object with the ids and whatever else was requested.
 
         Raises:
-            ValueError: an option that is unknown or cannot work, padding on the right, a cache that does not fit.
+            ValueError: an unknown or unusable option, padding on the right, or a cache that does not fit.
         """
         run = self._prepare(inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
                             negative_prompt_ids, negative_prompt_attention_mask, kwargs)  # fmt: skip
         config = run.config
         if config.num_beams > 1:
             if streamer is not None:
-                raise ValueError("a streamer needs num_beams=1: a beam can still lose against another")
+                raise ValueError("a streamer needs num_beams=1: a beam may still be discarded")
             if config.guidance_scale not in (None, 1):
-                raise ValueError("guidance_scale needs num_beams=1: its second text would have to follow the beams")
+                raise ValueError("guidance_scale needs num_beams=1: its unconditional text cannot follow the beams")
             if assistant_model is not None or config.prompt_lookup_num_tokens is not None:
-                raise ValueError("drafting (assistant_model, prompt_lookup_num_tokens) needs num_beams=1")
+                raise ValueError("speculative decoding (assistant_model, prompt_lookup_num_tokens) needs num_beams=1")
             from .. import decoding
             from .beams import beam_search
 
@@ -255,26 +256,26 @@ class GenerationMixin:
 
     @torch.no_grad()
     def steps(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Iterator[torch.Tensor]:
-        """`generate`, step by step: yields the (B,) new tokens of every step as soon as they are known."""
+        """`generate`, step by step: yield the (B,) new tokens of every step as soon as they are known."""
         options = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
         assistant_model = kwargs.pop("assistant_model", None)
         run = self._prepare(inputs, **options, kwargs=kwargs)
         if run.config.num_beams > 1:
-            raise ValueError("steps need num_beams=1: a beam can still lose against another")
+            raise ValueError("steps needs num_beams=1: a beam may still be discarded")
         yield from self._writer(run, assistant_model)
 
     @torch.no_grad()
     def stream(self, inputs: torch.Tensor | None = None, *, tokenizer: Any, skip_special_tokens: bool = True,
                **kwargs: Any) -> Iterator[str]:  # fmt: skip
-        """`generate` for one prompt, as text: pieces of whole characters, each as soon as it is certain.
+        """`generate` for one prompt, as text: yield pieces of whole characters, each as soon as it is certain.
 
-        Stop strings are not part of the text. Arguments are those of `generate`; wrong ones raise at the first piece.
+        Stop strings are left out. Arguments are those of `generate`; invalid ones raise at the first piece.
         """
         options = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
         assistant_model = kwargs.pop("assistant_model", None)
         run = self._prepare(inputs, **options, kwargs=kwargs | {"tokenizer": tokenizer})
         if len(run.ids) != 1 or run.config.num_beams > 1:
-            raise ValueError("stream writes one text: give one prompt, num_beams=1 and num_return_sequences=1")
+            raise ValueError("stream generates one text: pass one prompt, num_beams=1 and num_return_sequences=1")
         stops = next((c.stop_strings for c in run.criteria if isinstance(c, StopStringCriteria)), ())
         text, pending = TextStream(tokenizer, skip_special_tokens), ""
         pieces = (text.put(int(token)) for token in self._writer(run, assistant_model))
@@ -292,7 +293,7 @@ class GenerationMixin:
             yield pending
 
     def _writer(self, run: Run, assistant_model: Any, watched: bool = True) -> Iterator[torch.Tensor]:
-        """`watched`: somebody looks at each token as it comes."""
+        """`watched`: each token is used as soon as it is generated."""
         drafts = assistant_model is not None or run.config.prompt_lookup_num_tokens is not None
         if run.decoding != "plain":
             from .. import decoding
@@ -308,10 +309,10 @@ class GenerationMixin:
     def _prepare(self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
                  negative_prompt_ids, negative_prompt_attention_mask,
                  kwargs: dict[str, Any]) -> Run:  # fmt: skip
-        """Options merged, inputs checked and repeated as often as texts are to be written, the first cache made."""
+        """Merge the options, validate the inputs, expand them to one row per generated text, and create the cache."""
         config, given = self._options(generation_config, kwargs)
         embeds, device = given["inputs_embeds"], self.device  # type: ignore[attr-defined]
-        if device.type == "meta":  # accelerate brings the weights for each call
+        if device.type == "meta":  # accelerate loads the weights for each call
             told = next((t for t in (inputs, given["input_ids"], embeds) if t is not None), None)
             device = torch.device("cpu") if told is None else told.device
         ids = self._ids(inputs, given["input_ids"], embeds, config, device)
@@ -327,12 +328,12 @@ class GenerationMixin:
         cache = None if cache is None else as_cache(cache)
         if cache is not None and cache.get_seq_length() >= prompt:
             raise ValueError(
-                f"the cache holds {cache.get_seq_length()} tokens; the prompt must hold those and at least one more, "
+                f"the cache holds {cache.get_seq_length()} tokens; the prompt must have those and at least one more, "
                 f"got {prompt}"
             )
         positions = self.config.max_position_embeddings
         asked = config.max_length
-        if not ids.shape[1]:  # embeddings alone: the lengths count them, the ids do not hold them
+        if not ids.shape[1]:  # embeddings alone: the lengths count them, but the ids do not include them
             if config.max_new_tokens is None and config.given("max_length"):
                 config.max_length -= prompt
             config.min_length = max(config.min_length - prompt, 0)
@@ -374,9 +375,9 @@ class GenerationMixin:
         outputs = {f"output_{name}": name in record for name in ("attentions", "hidden_states")}
         chunk = config.prefill_chunk_size
         if chunk is not None and cache is None:
-            raise ValueError("prefill_chunk_size needs use_cache=True: what a chunk reads lies in the cache")
+            raise ValueError("prefill_chunk_size needs use_cache=True: the cache carries what each chunk has read")
         if any(outputs.values()) or self.config.checked().angles_follow_length:
-            chunk = None  # what is asked for, or what the text is read as, is that of the whole prompt
+            chunk = None  # the requested outputs, or the RoPE angles, are those of the whole prompt
         reader = Reader(self, cache, mask, position_ids, limit, embeds, ids.shape[1], learnt, chunk, more, **outputs)  # type: ignore[arg-type]
         processors = processors_for(
             config, ids.shape[1], device=device, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
@@ -393,14 +394,14 @@ class GenerationMixin:
         return run
 
     def _options(self, generation_config, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
-        """The options, the call's before the caller's config before the model's own; and the call's other inputs."""
+        """The options (the call's override the given config's, which override the model's) and the other inputs."""
         config = GenerationConfig() if generation_config is None else own_copy(generation_config)
         fallback = {k: v for k, v in self.generation_config.to_diff_dict().items() if not k.startswith("_")}
         config.update(defaults_only=True, allow_custom_entries=True, **fallback)
         unused = config.update(**kwargs | ({"top_k": 0} if kwargs.get("top_k", 0) is None else {}))  # None: no top-k
         given = {name: unused.pop(name, None) for name in MODEL_INPUTS}
         for name in ("cache_position", "labels", "return_dict", "logits_to_keep", "num_logits_to_keep"):
-            unused.pop(name, None)  # what a batch or a prepared call may carry, and generation decides by itself
+            unused.pop(name, None)  # may come with a batch or a prepared call, but generation sets them itself
         given["more"] = {}
         if _prepares(self):  # type: ignore[arg-type]
             takers = (self.prepare_inputs_for_generation, self.forward)  # type: ignore[attr-defined]
@@ -408,15 +409,15 @@ class GenerationMixin:
             given["more"] = {name: unused.pop(name) for name in takes & unused.keys()}
         if unused:
             raise ValueError(
-                f"The following `model_kwargs` are not used by the model: {sorted(unused)} (a misspelt option of "
-                "generate shows up here too)"
+                f"The following `model_kwargs` are not used by the model: {sorted(unused)} (note: typos in the "
+                "generate arguments also show up here)"
             )
         return config, given
 
     def _learnt(self, ids: torch.Tensor, embeds: torch.Tensor | None, mask: torch.Tensor | None, prompt: int):
-        """The embeddings, cache and mask with what peft has learnt to put before a prompt, and how many tokens it is.
+        """Add the virtual tokens that peft has trained: the embeddings, cache and mask with them, and their number.
 
-        peft replaces `prepare_inputs_for_generation` on the model for that.
+        peft replaces `prepare_inputs_for_generation` on the model instance for this.
         """
         ones = torch.ones(len(ids), prompt, dtype=torch.long, device=ids.device)
         prepared = self.prepare_inputs_for_generation(
@@ -429,15 +430,15 @@ class GenerationMixin:
         return prepared.get("inputs_embeds", embeds), prepared["past_key_values"], mask, learnt
 
     def _ids(self, inputs, input_ids, embeds, config: GenerationConfig, device) -> torch.Tensor:
-        """The prompts' ids (B, T); (B, 0) where embeddings come alone."""
+        """The prompts' ids (B, T); (B, 0) if only embeddings are given."""
         if inputs is not None and input_ids is not None:
-            raise ValueError("inputs and input_ids are the same argument; give one of them")
+            raise ValueError("inputs and input_ids are the same argument; pass only one of them")
         ids = input_ids if inputs is None else inputs
         if ids is None and embeds is not None:
             return torch.zeros(len(embeds), 0, dtype=torch.long, device=device)
         if ids is None:
             if config.bos_token_id is None:
-                raise ValueError("there is no prompt and no bos_token_id to begin with; give input_ids")
+                raise ValueError("there is neither a prompt nor a bos_token_id to begin with; pass input_ids")
             return torch.full((1, 1), config.bos_token_id, dtype=torch.long, device=device)
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(
@@ -449,7 +450,7 @@ class GenerationMixin:
         return ids.to(device, torch.long)
 
     def _mask(self, mask, ids, embeds, config: GenerationConfig, pad: int, prompt: int) -> torch.Tensor | None:
-        """The prompts' padding (B, T) as 0 and 1; None where there is none."""
+        """The prompts' attention mask (B, T), 0 for padding; None if there is no padding."""
         B = len(ids)
         if mask is None:
             known = config.pad_token_id is not None and config.pad_token_id >= 0 and embeds is None
@@ -468,7 +469,7 @@ class GenerationMixin:
         if bool(mask.all()):
             return None
         if not bool(mask[:, -1].all()):
-            raise ValueError("generation goes on from the last token: pad prompts on the left (the mask ends with 0)")
+            raise ValueError("generation continues from the last token: pad prompts on the left (the mask ends with 0)")
         return mask
 
     def _result(self, run: Run, sequences: torch.Tensor, **beams: torch.Tensor) -> Any:
@@ -487,10 +488,10 @@ class GenerationMixin:
         inputs_embeds: torch.Tensor | None = None, next_sequence_length: int | None = None,
         is_first_iteration: bool | None = None, **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """The arguments of `forward` that go on with `input_ids`, the whole text, after what the cache holds.
+        """The arguments of `forward` for reading `input_ids`, the whole text, from where the cache ends.
 
-        A subclass may change what it gives: then `generate` asks it before every call of the model. So do libraries
-        that write by themselves. `next_sequence_length` is how many tokens are to be read, all that are new by default.
+        If a subclass overrides this, `generate` calls it before every forward pass. So do libraries that have their own
+        generation loop. `next_sequence_length` is the number of tokens to read, by default all new ones.
         """
         past, n = 0 if past_key_values is None else as_cache(past_key_values).get_seq_length(), next_sequence_length
         new = {"input_ids": input_ids[:, past:] if n is None else input_ids[:, -n:]}
@@ -505,11 +506,11 @@ class GenerationMixin:
         beam_indices: torch.Tensor | None = None,
         normalize_logits: bool = False,
     ) -> torch.Tensor:
-        """(B, steps): the score each written token had, from a record that `output_scores` kept; 0 behind a beam's end.
+        """(B, steps): the score of each generated token, from the output of `output_scores`; 0 after a beam's end.
 
         Args:
-            beam_indices: (B, steps), from the record of a beam search.
-            normalize_logits: make log probabilities of the scores.
+            beam_indices: (B, steps), from the output of a beam search.
+            normalize_logits: normalize the scores to log probabilities.
         """
         steps = torch.stack(scores)  # (steps, B · beams, V)
         if normalize_logits:
@@ -524,12 +525,12 @@ class GenerationMixin:
 
 
 def _special_tokens(config: GenerationConfig, vocab_size: int, device) -> tuple[torch.Tensor | None, int]:
-    """The end tokens (n,), None for none, and what fills rows that are done: `pad_token_id`, or the first end token."""
+    """The end tokens (n,), None for none, and the padding of finished rows: `pad_token_id` or the first end token."""
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
     pad = config.pad_token_id
     for name, token in (*(("eos_token_id", end) for end in ends), ("pad_token_id", pad)):
         if token is not None and token >= vocab_size:
-            raise ValueError(f"{name} is {token}, and the model knows ids below {vocab_size}")
+            raise ValueError(f"{name} is {token}, but the model only knows ids below {vocab_size}")
     if pad is None or pad < 0:
         pad = ends[0] if ends else 0
     return torch.tensor(ends, device=device) if ends else None, pad

@@ -1,8 +1,8 @@
-"""From logits to the scores that are chosen from: transformers' processors, equal to them bit for bit.
+"""Logits processors, bit for bit equal to those of transformers.
 
-A processor takes `input_ids` (B, S), the text so far, and `scores` (B, V), and gives new scores (B, V): what it forbids
-becomes -∞. It never writes into `scores`, but may hand it back as it is. `processors_for` lines up those that a
-GenerationConfig asks for.
+A processor takes `input_ids` (B, S), the text so far, and `scores` (B, V), and returns new scores (B, V), which are -∞
+for forbidden tokens. It never modifies `scores` in place, but may return it as it is. `processors_for` builds those
+that a GenerationConfig asks for.
 """
 
 import inspect
@@ -21,17 +21,17 @@ TokenIds = int | list[int] | Tensor
 
 
 class LogitsProcessor:
-    """What a processor is; a function of the same two arguments serves as well."""
+    """Base class; a function of the same two arguments works as well."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has to define __call__(input_ids, scores)")
 
 
 class LogitsProcessorList(list):
-    """Processors, applied one after the other."""
+    """Processors, applied in order."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """`kwargs` go to the processors that take more than two arguments, and must name all of those."""
+        """`kwargs` are passed to the processors that take more than two arguments, and must include all of those."""
         for processor in self:
             kind: Any = type(processor)
             more = _further_arguments(kind)
@@ -41,14 +41,14 @@ class LogitsProcessorList(list):
         return scores
 
 
-@lru_cache(maxsize=64)  # not for ever: a class may be made for one call
+@lru_cache(maxsize=64)  # bounded: a class may be created for one call
 def _further_arguments(kind: Any) -> tuple[str, ...]:
-    """What a processor's call takes after self, input_ids and scores."""
+    """The parameters of a processor's `__call__` after self, input_ids and scores."""
     return tuple(inspect.signature(kind.__call__).parameters)[3:]
 
 
 def as_ids(name: str, ids: TokenIds, device: Any = None, least: int = -1) -> Tensor:
-    """Token ids (N,) of one id, a list or a tensor, each at least `least`."""
+    """Convert one id, a list or a tensor to token ids (N,), each at least `least`."""
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     ids = list(ids) if isinstance(ids, Iterable) else [ids]
     require(all(whole(token, least) for token in ids), name, f"a token id or a list of them, at least {least}", ids)
@@ -61,14 +61,14 @@ def _count(name: str, value: Any, least: int) -> int:
 
 
 def _only(ids: Any, scores: Tensor) -> Tensor:
-    """Scores that leave no choice but `ids`."""
+    """Scores that forbid everything but `ids`."""
     forced = torch.full_like(scores, -math.inf)
     forced[:, ids] = 0
     return forced
 
 
 class SuppressTokensLogitsProcessor(LogitsProcessor):
-    """Never these tokens; those beyond the vocabulary forbid nothing."""
+    """Forbid these tokens; those beyond the vocabulary are ignored."""
 
     def __init__(self, suppress_tokens: TokenIds, device: Any = "cpu"):
         self._ids = as_ids("suppress_tokens", suppress_tokens, device)
@@ -87,7 +87,7 @@ class SuppressTokensLogitsProcessor(LogitsProcessor):
 
 
 class SuppressTokensAtBeginLogitsProcessor(SuppressTokensLogitsProcessor):
-    """Not these tokens at place `begin_index`, that of the first new token."""
+    """Forbid these tokens at position `begin_index`, that of the first new token."""
 
     def __init__(self, begin_suppress_tokens: TokenIds, begin_index: int, device: Any = "cpu"):
         super().__init__(begin_suppress_tokens, device)
@@ -101,7 +101,7 @@ class SuppressTokensAtBeginLogitsProcessor(SuppressTokensLogitsProcessor):
 
 
 class MinLengthLogitsProcessor(SuppressTokensLogitsProcessor):
-    """No end before the text, prompt included, has `min_length` tokens."""
+    """Forbid end tokens until the text, prompt included, has `min_length` tokens."""
 
     def __init__(self, min_length: int, eos_token_id: TokenIds, device: Any = "cpu"):
         super().__init__(as_ids("eos_token_id", eos_token_id), device)
@@ -112,7 +112,7 @@ class MinLengthLogitsProcessor(SuppressTokensLogitsProcessor):
 
 
 class MinNewTokensLengthLogitsProcessor(MinLengthLogitsProcessor):
-    """No end before `min_new_tokens` tokens follow the prompt."""
+    """Forbid end tokens until `min_new_tokens` tokens follow the prompt."""
 
     def __init__(self, prompt_length_to_skip: int, min_new_tokens: int, eos_token_id: TokenIds, device: Any = "cpu"):
         prompt = _count("prompt_length_to_skip", prompt_length_to_skip, 0)
@@ -120,10 +120,10 @@ class MinNewTokensLengthLogitsProcessor(MinLengthLogitsProcessor):
 
 
 class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
-    """Every token in the text becomes less likely: score / penalty where positive, · penalty where negative.
+    """Make every token of the text less likely: score / penalty if positive, score · penalty if negative.
 
-    The division is Keskar et al.'s (2019), the other branch transformers'. A token counts once however often it stands
-    there. The first `prompt_ignore_length` tokens (one number, or one for each row: its padding) do not count.
+    The division is from Keskar et al. (2019), the other branch from transformers. A token counts once, however often it
+    occurs. The first `prompt_ignore_length` tokens (one number, or one per row: its padding) are ignored.
     """
 
     def __init__(self, penalty: float, prompt_ignore_length: int | Tensor | None = None):
@@ -145,7 +145,7 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
             input_ids = input_ids.masked_fill(places < ignored.to(input_ids.device)[:, None], vocab_size)
         elif ignored is not None:
             input_ids = input_ids[:, ignored:]
-        input_ids = input_ids.clamp(max=vocab_size)  # what does not count shares a column that is cut off again
+        input_ids = input_ids.clamp(max=vocab_size)  # ignored tokens share a column that is dropped
         padded = F.pad(scores, (0, 1))
         seen = padded.gather(1, input_ids)
         seen = torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
@@ -153,7 +153,7 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
 
 
 class NoRepeatNGramLogitsProcessor(LogitsProcessor):
-    """No `ngram_size` tokens in a row twice (Paulus et al. 2017, §2.5), prompt included."""
+    """Forbid repeating any `ngram_size` tokens in a row (Paulus et al. 2017, §2.5), prompt included."""
 
     def __init__(self, ngram_size: int):
         self.ngram_size = _count("ngram_size", ngram_size, 1)
@@ -170,9 +170,9 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
 
 
 class SequenceBiasLogitsProcessor(LogitsProcessor):
-    """Adds a bias to the last token of each sequence wherever its other tokens have just been written.
+    """Add a bias to the last token of each sequence whenever its other tokens have just been generated.
 
-    `sequence_bias`: {(ids): bias, ...} or [[[ids], bias], ...]. A sequence of one token is biased everywhere.
+    `sequence_bias`: {(ids): bias, ...} or [[[ids], bias], ...]. A sequence of one token is always biased.
     """
 
     def __init__(self, sequence_bias: dict[tuple[int, ...], float] | list):
@@ -194,7 +194,7 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
         return scores + bias
 
     def _prepare(self, vocab_size: int, device: Any, dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """The biases (V,) of single tokens; then, for each length, (beginnings, last tokens, biases)."""
+        """The biases (V,) of single tokens; then, for each length, (prefixes, last tokens, biases)."""
         beyond = [token for ids in self.sequence_bias for token in ids if token >= vocab_size]
         require(not beyond, "sequence_bias", f"of tokens below the vocabulary's size, {vocab_size}", beyond)
         everywhere = torch.zeros(vocab_size)
@@ -211,7 +211,7 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
 
 
 class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
-    """Never these sequences of tokens; of one that is nothing but an end token, no notice is taken."""
+    """Forbid these sequences of tokens; one that is just an end token is ignored."""
 
     def __init__(self, bad_words_ids: list[list[int]], eos_token_id: TokenIds | None = None):
         ends = [] if eos_token_id is None else as_ids("eos_token_id", eos_token_id).tolist()
@@ -222,9 +222,9 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
 
 
 class PrefixConstrainedLogitsProcessor(LogitsProcessor):
-    """Only the tokens that `prefix_allowed_tokens_fn(batch_id, row)` lists for the row so far   (De Cao et al. 2020)
+    """Allow only the tokens that `prefix_allowed_tokens_fn(batch_id, row)` returns (De Cao et al. 2020).
 
-    Where every beam of a batch's row is left without hope, the allowed tokens begin anew as equals.
+    If that leaves only scores of -∞ in all beams of a prompt, the allowed tokens get equal scores.
     """
 
     def __init__(self, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]], num_beams: int):
@@ -235,7 +235,7 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         mask = torch.full_like(scores, -math.inf)
         for row, ids in enumerate(input_ids):
             allowed = self._allowed(row // self._num_beams, ids)
-            wanted = f"a function that leaves a token to write (batch ID {row // self._num_beams})"
+            wanted = f"a function that allows at least one token (batch ID {row // self._num_beams})"
             require(len(allowed) > 0, "prefix_allowed_tokens_fn", wanted, "one that returned an empty list")
             mask[row, allowed] = 0
         constrained = scores + mask
@@ -244,7 +244,7 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
 
 
 class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
-    """This token after a text of one token."""
+    """Force this token after a text of one token."""
 
     def __init__(self, bos_token_id: int):
         self.bos_token_id = check("forced_bos_token_id", bos_token_id)
@@ -254,7 +254,7 @@ class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
 
 
 class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
-    """One of these tokens as the last that `max_length` has room for."""
+    """Force one of these tokens as the last that fits into `max_length`."""
 
     def __init__(self, max_length: int, eos_token_id: TokenIds, device: Any = "cpu"):
         self.max_length = max_length
@@ -266,14 +266,14 @@ class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
 
 
 class InfNanRemoveLogitsProcessor(LogitsProcessor):
-    """NaN becomes 0, ±∞ the largest and smallest number of the type."""
+    """Replace NaN with 0 and ±∞ with the largest and smallest finite number of the dtype."""
 
     def __call__(self, input_ids, scores):
         return torch.nan_to_num(scores)
 
 
 class ExponentialDecayLengthPenalty(LogitsProcessor):
-    """From new token `start` on, raises the end tokens' scores: + |score| · (factor^steps − 1)."""
+    """From new token `start` on, raise the scores of the end tokens by |score| · (factor^steps − 1)."""
 
     def __init__(
         self, exponential_decay_length_penalty: tuple[int, float], eos_token_id: TokenIds, input_ids_seq_length: int
@@ -295,12 +295,12 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
 
 
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
-    """Away from what the model would write after the negative prompt        (Sanchez et al. 2023)
+    """Steer away from what the model would generate after the negative prompt (Sanchez et al. 2023).
 
         u + guidance_scale · (c − u),      c, u: log softmax of the scores, of those after the negative prompt
 
-    Without `unconditional_ids` the negative prompt is the prompt's last token. Every call runs the model once more,
-    over what was written since the last, with a cache of its own.
+    Without `unconditional_ids` the negative prompt is the prompt's last token. Every call runs the model once more, on
+    the tokens generated since the previous call, with a separate cache.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
 
 
 class TemperatureLogitsWarper(LogitsProcessor):
-    """Below 1 sharpens the distribution, above 1 flattens it."""
+    """Sharpen the distribution (below 1) or flatten it (above 1)."""
 
     def __init__(self, temperature: float):
         self.temperature = check("temperature", temperature)
@@ -350,7 +350,7 @@ class TemperatureLogitsWarper(LogitsProcessor):
 
 
 class _Filter(LogitsProcessor):
-    """Gives all tokens that `_removed` names (B, V) the score `filter_value`."""
+    """Give all tokens in the mask `_removed` (B, V) the score `filter_value`."""
 
     def __init__(self, filter_value: float, min_tokens_to_keep: int):
         self.filter_value = filter_value
@@ -364,12 +364,12 @@ class _Filter(LogitsProcessor):
 
 
 def _below_best(scores: Tensor, k: int) -> Tensor:
-    """Which scores (B, V) fall below their row's k-th best; what ties with it does not."""
+    """Mask of the scores (B, V) strictly below the k-th best of their row."""
     return scores < torch.topk(scores, min(k, scores.shape[-1]))[0][..., -1:]
 
 
 class TopKLogitsWarper(_Filter):
-    """Keep the k likeliest tokens (and all that tie with the last of them)     (Fan et al. 2018)"""
+    """Keep the k likeliest tokens (and all ties with the last of them)         (Fan et al. 2018)"""
 
     def __init__(self, top_k: int, filter_value: float = -math.inf, min_tokens_to_keep: int = 1):
         super().__init__(filter_value, min_tokens_to_keep)
@@ -453,14 +453,14 @@ class EtaLogitsWarper(_Filter):
 
 
 class LogitNormalization(LogitsProcessor):
-    """Log probabilities, which beams that were filtered differently need in order to be compared."""
+    """Renormalize to log probabilities, so that beams that were filtered differently can be compared."""
 
     def __call__(self, input_ids, scores):
         return scores.log_softmax(-1)
 
 
 def merge(built: list, own: Iterable) -> list:
-    """The user's own processors (or criteria) after those built, or in the place of one of the very same class."""
+    """Append the user's own processors (or criteria); one of exactly the same class as a built one replaces it."""
     own = list(own)
     merged = [next((mine for mine in own if type(mine) is type(one)), one) for one in built]
     return merged + [mine for mine in own if not any(mine is one for one in merged)]
@@ -479,14 +479,14 @@ def processors_for(
     negative_prompt_attention_mask: Tensor | None = None,
     max_position_embeddings: int | None = None,
 ) -> LogitsProcessorList:
-    """What `config` asks for, in transformers' order; what is neutral is left out.
+    """Build the processors of `config` in transformers' order, without those that have no effect.
 
     Args:
         prompt_length: S of the ids that `generate` begins with.
-        extra: the user's own, which stand before those of sampling.
-        model: what guidance runs.
-        attention_mask: (B, S) of the prompt, one row for each that is written: the repetition penalty skips the
-            padding before each row, so that it is written as it is alone.
+        extra: the user's own processors, placed before those of sampling.
+        model: the model that guidance runs.
+        attention_mask: (B, S) of the prompt, one row per generated text: the repetition penalty skips its padding, so
+            that a text is the same as without a batch.
         max_position_embeddings: see `GenerationConfig.total_length`.
     """
     c, eos = config, config.eos_token_id
@@ -533,7 +533,7 @@ def processors_for(
     if c.do_sample:
         if c.temperature != 1:
             built.append(TemperatureLogitsWarper(c.temperature))
-        # Beams need one token to go on with, however many of the likeliest end the text.
+        # A beam needs one token to continue with, however many of the likeliest end the text.
         ends = 1 if eos is None or isinstance(eos, int) else len(eos)
         keep = ends + 1 if c.num_beams > 1 else 1
         filters: list[tuple[bool, Callable[..., LogitsProcessor], float | None]] = [

@@ -1,8 +1,8 @@
-"""Writing with a draft: several tokens are guessed, one pass of the model checks them all.
+"""Speculative decoding: several tokens are drafted, and one pass of the model verifies them all.
 
-The text is that of the model alone: a guess is kept only as far as the model would have written it. Two drafters: a
-smaller model (Leviathan et al. 2023; Chen et al. 2023), and the text itself, whose phrases tend to come again (Saxena
-2023, prompt lookup).
+The output is that of the model alone: a draft is accepted only as far as the model would have generated it. There are
+two drafters: a smaller model (Leviathan et al. 2023; Chen et al. 2023), and the text itself, since phrases tend to
+recur (prompt lookup, Saxena 2023).
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from .mixin import Reader, Run
 
 
 def write_speculatively(run: Run, assistant: Any = None) -> Iterator[torch.Tensor]:
-    """As `write`, for one text. Yields each token; a step that kept n guesses yields n + 1 of them."""
+    """Like `write`, for one text. Yields single tokens; a step that accepts n drafted tokens yields n + 1."""
     if len(run.ids) != 1:
-        raise ValueError("drafting (assistant_model, prompt_lookup_num_tokens) writes one text: batch and beams of one")
+        raise ValueError("speculative decoding generates one text: pass one prompt, with num_return_sequences=1")
     if run.reader.cache is None:
-        raise ValueError("drafting needs use_cache=True")
+        raise ValueError("speculative decoding needs use_cache=True")
     if run.reader.embeds is not None:
-        raise ValueError("drafting needs input_ids in the place of inputs_embeds")
+        raise ValueError("speculative decoding needs input_ids instead of inputs_embeds")
     if run.config.guidance_scale not in (None, 1):
-        raise ValueError("drafting cannot be combined with guidance_scale, which would have to forget refused guesses")
+        raise ValueError("speculative decoding does not support guidance_scale, which cannot undo rejected drafts")
     drafter = PromptLookup(run) if assistant is None else Assistant(run, assistant)
     while run.length < run.limit:
         start = run.length
@@ -44,17 +44,18 @@ def write_speculatively(run: Run, assistant: Any = None) -> Iterator[torch.Tenso
             if run.criteria and bool(run.criteria(run.text, run.kept_scores).all()):
                 run.reader.cache.crop(run.length - 1)
                 return
-        run.reader.cache.crop(run.length - 1)  # the last token has been chosen, not read
+        run.reader.cache.crop(run.length - 1)  # the last token has been chosen but not read
         drafter.learn(n, kept)
 
 
 def _check(
     run: Run, guesses: torch.Tensor, scores: torch.Tensor, odds: torch.Tensor | None
 ) -> tuple[int, torch.Tensor]:
-    """How many of the n guesses are kept, and the token after them, (1,).
+    """Return how many of the n drafted tokens are accepted, and the token that follows them, (1,).
 
-    Drawn guesses are kept with probability min(1, p / q), p the model's and q the drafter's; the token after the first
-    that is not comes from what p has more than q. So the text is distributed as the model's (Leviathan et al., §2.3).
+    Sampled drafts are accepted with probability min(1, p / q), where p is the model's probability and q the drafter's;
+    the first rejected token is replaced by one sampled from max(p − q, 0), normalized. So the text is distributed as if
+    the model had sampled it (Leviathan et al., §2.3).
     """
     n = len(guesses)
     if odds is None or not run.config.do_sample:
@@ -70,7 +71,7 @@ def _check(
 
 
 def _step(out: Any, start: int, n: int, i: int) -> dict[str, Any]:
-    """What step i of a pass would have returned by itself: the first reads all that was new, the others one token."""
+    """What step i of a pass would have returned by itself: the first reads all new tokens, the others one."""
 
     def cut(tensor: torch.Tensor, axis: int) -> torch.Tensor:
         T = tensor.shape[axis]
@@ -85,17 +86,17 @@ def _step(out: Any, start: int, n: int, i: int) -> dict[str, Any]:
 
 
 class PromptLookup:
-    """Guesses that the text goes on as it did where its last words stood before."""
+    """Drafts the continuation of an earlier occurrence of the text's last tokens."""
 
     def __init__(self, run: Run):
         self.run = run
 
     def draft(self, room: int) -> tuple[torch.Tensor, None]:
-        """(1, n) ids, n from 0, after the longest repeated ending; and no probabilities: it is certain of them."""
+        """Return (1, n) ids, n >= 0, that followed the longest repeated ending; and None, as nothing is sampled."""
         config, text = self.run.config, self.run.text[0]
         room = min(room, config.prompt_lookup_num_tokens or 0)
         for size in range(min(config.max_matching_ngram_size, len(text) - 1), 0, -1):
-            windows = text.unfold(0, size, 1)[:-1]  # the ending itself is not before itself
+            windows = text.unfold(0, size, 1)[:-1]  # without the ending itself
             for place in (windows == text[-size:]).all(1).nonzero().flatten().tolist():
                 guess = text[place + size : place + size + room]
                 if self.run.ends is not None:
@@ -110,13 +111,13 @@ class PromptLookup:
 
 
 class Assistant:
-    """A smaller model that writes ahead, as many tokens as it is confident of."""
+    """Drafts with a smaller model, as many tokens as it is confident of."""
 
     def __init__(self, run: Run, model: Any):
         if model.config.vocab_size != run.model.config.vocab_size:
             raise ValueError(
-                f"assistant_model knows {model.config.vocab_size} tokens and the model {run.model.config.vocab_size}; "
-                "both must have one vocabulary"
+                f"assistant_model has {model.config.vocab_size} tokens and the model {run.model.config.vocab_size}; "
+                "both must have the same vocabulary"
             )
         reader = run.reader
         mask, positions = (
@@ -129,7 +130,7 @@ class Assistant:
         self.schedule, self.confidence = own.num_assistant_tokens_schedule, own.assistant_confidence_threshold
 
     def draft(self, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, n) ids and the probabilities (n, V) that they were drawn from."""
+        """Return (1, n) ids and the probabilities (n, V) that they were sampled from."""
         run, text = self.run, self.run.text
         self.cache.crop(min(self.cache.get_seq_length(), text.shape[1] - 1))
         odds = []
@@ -145,6 +146,6 @@ class Assistant:
         return text[:, run.length :], torch.stack(odds) if odds else text.new_zeros(0, 0)
 
     def learn(self, drafted: int, kept: int) -> None:
-        """Draft more after a draft that was kept whole, and less after another, where the schedule says so."""
+        """Draft more after a fully accepted draft and less after any other, unless the schedule is constant."""
         if self.schedule != "constant":
             self.most = self.most + 2 if kept == drafted else max(1.0, self.most - 1)

@@ -1,4 +1,4 @@
-"""When to stop: a criterion looks at the text so far and says which rows are done."""
+"""Stopping criteria, which decide from the text so far which rows are done."""
 
 import logging
 import time
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class StoppingCriteria:
-    """What a criterion is: from `input_ids` (B, S) and the scores of each step, if kept, to (B,), True where done."""
+    """Base class: maps `input_ids` (B, S) and the scores of each step, if kept, to a mask (B,) of finished rows."""
 
     def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has to define __call__(input_ids, scores, **kwargs)")
 
 
 class StoppingCriteriaList(list):
-    """Criteria of which one is enough. Those of users may give one bool for all rows."""
+    """Criteria, any one of which suffices. A user's criterion may return a single bool for all rows."""
 
     def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: Any) -> Tensor:
         done = _all(input_ids, False)
@@ -35,17 +35,17 @@ class StoppingCriteriaList(list):
 
     @property
     def max_length(self) -> int | None:
-        """That of the first MaxLengthCriteria."""
+        """`max_length` of the first MaxLengthCriteria."""
         return next((criterion.max_length for criterion in self if isinstance(criterion, MaxLengthCriteria)), None)
 
 
 def _all(input_ids: Tensor, done: bool) -> Any:
-    """The same for every row."""
+    """`done` for every row."""
     return torch.full(input_ids.shape[:1], done, dtype=torch.bool, device=input_ids.device)
 
 
 class MaxLengthCriteria(StoppingCriteria):
-    """At `max_length` tokens, prompt included. Says once when the text outgrows the positions the model has."""
+    """Stop at `max_length` tokens, prompt included. Warns once if the text exceeds the model's positions."""
 
     def __init__(self, max_length: int, max_position_embeddings: int | None = None):
         self.max_length = max_length
@@ -56,13 +56,13 @@ class MaxLengthCriteria(StoppingCriteria):
         length = input_ids.shape[1]
         done = length >= self.max_length
         if not (done or self._warned or self.max_position_embeddings is None) and length > self.max_position_embeddings:
-            logger.warning("the text has outgrown the %d positions of the model", self.max_position_embeddings)
+            logger.warning("the text exceeds the model's %d positions", self.max_position_embeddings)
             self._warned = True
         return _all(input_ids, done)
 
 
 class MaxTimeCriteria(StoppingCriteria):
-    """After `max_time` seconds, counted from when this is made or from `initial_timestamp`, a `time.time()`."""
+    """Stop after `max_time` seconds, counted from construction or from `initial_timestamp`, a `time.time()`."""
 
     def __init__(self, max_time: float, initial_timestamp: float | None = None):
         check("max_time", max_time)
@@ -74,7 +74,7 @@ class MaxTimeCriteria(StoppingCriteria):
 
 
 class EosTokenCriteria(StoppingCriteria):
-    """At any of the end tokens, among the last `new_token_length` tokens where several are written at once."""
+    """Stop at any end token, among the last `new_token_length` tokens if several are generated at once."""
 
     def __init__(self, eos_token_id: TokenIds):
         self.eos_token_id = as_ids("eos_token_id", eos_token_id)
@@ -85,11 +85,11 @@ class EosTokenCriteria(StoppingCriteria):
 
 
 class StopStringCriteria(StoppingCriteria):
-    """When the last token brings a stop string to its end.
+    """Stop when the last token completes a stop string.
 
-    The string may begin tokens earlier, in the prompt too, and the last token may go on beyond it ("st" + "opera"
-    stops at "stop"); once a token follows that is not needed for it, it no longer counts. Every step looks at as many
-    tokens as the longest string has bytes, for a token brings one at least, and brings them to the CPU.
+    The string may begin in earlier tokens, even in the prompt, and the last token may extend beyond it ("st" + "opera"
+    stops at "stop"); a string that an earlier token completed no longer counts. Every step copies to the CPU a few
+    more tokens than the longest string has bytes, since a token has at least one.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | list[str]):
@@ -97,7 +97,7 @@ class StopStringCriteria(StoppingCriteria):
         self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
         self._knows = getattr(tokenizer, "knows", lambda token: True)
-        # One more, since SentencePiece's kind swallows the space before the first word that it decodes.
+        # One more, since SentencePiece drops the space before the first word that it decodes.
         self._tail = max(len(text.encode()) for text in self.stop_strings) + 1
 
     def __call__(self, input_ids, scores, **kwargs):
@@ -106,11 +106,11 @@ class StopStringCriteria(StoppingCriteria):
 
     def _ends(self, ids: list[int]) -> bool:
         unknown = [place for place, token in enumerate(ids) if not self._knows(token)]
-        ids = ids[unknown[-1] + 1 :] if unknown else ids  # no string reaches across an id without a token
+        ids = ids[unknown[-1] + 1 :] if unknown else ids  # no string extends across an id without a token
         if not ids:
             return False
-        # Up to three tokens more, until no character (of at most four bytes) is cut: a tokenizer may show the bytes
-        # next to it as broken too.
+        # Up to three tokens more, until no character (of at most four bytes) is cut: a tokenizer may decode the bytes
+        # next to it as invalid too.
         for first in range(max(0, len(ids) - self._tail), max(-1, len(ids) - self._tail - 4), -1):
             text = self._decode(ids[first:])
             if not text.startswith("\N{REPLACEMENT CHARACTER}"):
@@ -120,7 +120,7 @@ class StopStringCriteria(StoppingCriteria):
             return False
         before = self._decode(ids[first:-1])
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))
-        return max(ends) > len(list(same))  # not len(before): half a character may be whole now
+        return max(ends) > len(list(same))  # not len(before): a partial character may be complete now
 
 
 def criteria_for(
@@ -131,7 +131,7 @@ def criteria_for(
     extra: Iterable = (),
     max_position_embeddings: int | None = None,
 ) -> StoppingCriteriaList:
-    """What `config` asks for, then the user's own (`extra`); the arguments are those of `processors_for`."""
+    """Build the criteria of `config`, followed by the user's own (`extra`); arguments are as in `processors_for`."""
     total = config.total_length(prompt_length, max_position_embeddings)
     built: list[StoppingCriteria] = [MaxLengthCriteria(total, max_position_embeddings)]
     if config.max_time is not None:

@@ -1,4 +1,4 @@
-"""What `generate` writes, as text while it is being written: transformers' streamers, built on `TextStream`."""
+"""Text from `generate` while it is being generated: transformers' streamers, built on `TextStream`."""
 
 from queue import Queue
 from typing import Any
@@ -9,7 +9,7 @@ from ..tokenization import LlamaTokenizerFast, TextStream
 
 
 class BaseStreamer:
-    """What `generate` takes as `streamer`: `put` gets the prompts (B, T), then each step's tokens (B,); then `end`."""
+    """Interface of `streamer`: `put` receives the prompts (B, T), then each step's tokens (B,); `end` comes last."""
 
     def put(self, value: torch.Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} has to define put(value)")
@@ -19,13 +19,13 @@ class BaseStreamer:
 
 
 class TextStreamer(BaseStreamer):
-    """Prints a text to stdout, and a newline at its end. One object serves for one text after the other.
+    """Print a text to stdout, followed by a newline. An object can be reused for one text after another.
 
-    transformers' waits for the end of each word; this one gives every character as soon as it is whole. A subclass
-    that overrides `on_finalized_text` takes the text elsewhere.
+    transformers' class waits for the end of each word; this one emits every character as soon as it is complete.
+    Override `on_finalized_text` to send the text elsewhere.
 
     Args:
-        skip_prompt: leave out what `put` gets first.
+        skip_prompt: leave out the prompt, which `put` receives first.
         decode_kwargs: `skip_special_tokens`, False by default; `clean_up_tokenization_spaces` can only be False.
     """
 
@@ -33,14 +33,14 @@ class TextStreamer(BaseStreamer):
         self.tokenizer, self.skip_prompt, self.decode_kwargs = tokenizer, skip_prompt, dict(decode_kwargs)
         silent = decode_kwargs.pop("skip_special_tokens", False)
         if decode_kwargs.pop("clean_up_tokenization_spaces", False):
-            raise ValueError("clean_up_tokenization_spaces changes text that has been given already; leave it out")
+            raise ValueError("clean_up_tokenization_spaces would change text that is already out; leave it out")
         if decode_kwargs:
-            raise ValueError(f"`{next(iter(decode_kwargs))}` is no option of decode; there is `skip_special_tokens`")
+            raise ValueError(f"`{next(iter(decode_kwargs))}` is not supported; only `skip_special_tokens` is")
         self.next_tokens_are_prompt = True
         self._text = TextStream(tokenizer, silent)
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then token after token: (T,) or (1, T) ids."""
+        """Receive the prompt, then one token after another: (T,) or (1, T) ids."""
         if value.dim() > 1 and len(value) > 1:
             raise ValueError(f"{type(self).__name__} only supports batch size 1, got {len(value)} texts at once")
         skipped = self.skip_prompt and self.next_tokens_are_prompt
@@ -49,7 +49,7 @@ class TextStreamer(BaseStreamer):
             self.on_finalized_text("".join(map(self._text.put, value.reshape(-1).tolist())))
 
     def end(self) -> None:
-        """Give what is left; the next `put` begins a text with its prompt."""
+        """Emit the remaining text; the next `put` starts a new text with its prompt."""
         self.next_tokens_are_prompt = True
         self.on_finalized_text(self._text.end(), stream_end=True)
 
@@ -59,11 +59,11 @@ class TextStreamer(BaseStreamer):
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Hands the text to another thread, which iterates over this object while `generate` writes.
+    """Pass the text to another thread, which iterates over this object while `generate` runs.
 
     Args:
-        timeout: seconds to wait for a piece before `queue.Empty` is raised. Default: for ever, which it is when
-            `generate` fails in its thread.
+        timeout: seconds to wait for a piece before `queue.Empty` is raised. By default the wait is unlimited, and never
+            ends if `generate` fails in its thread.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TextIteratorStreamer(TextStreamer):
         self.timeout = timeout
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Queue `text`, unless it is empty, and at the end the signal to stop."""
+        """Queue `text`, unless it is empty, and at the end the stop signal."""
         if text:
             self.text_queue.put(text)
         if stream_end:

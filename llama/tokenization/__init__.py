@@ -1,4 +1,4 @@
-"""Text to ids and back: `LlamaTokenizer` on SentencePiece, `LlamaTokenizerFast` on the library `tokenizers`."""
+"""Tokenizers: `LlamaTokenizer`, built on SentencePiece, and `LlamaTokenizerFast`, on the `tokenizers` library."""
 
 from .batch import BatchEncoding
 from .fast import LlamaTokenizerFast
@@ -6,7 +6,7 @@ from .loading import AutoTokenizer, load_tokenizer
 from .slow import LlamaTokenizer
 from .stream import TextStream
 
-PreTrainedTokenizerFast = LlamaTokenizerFast  # what tokenizer_config.json calls it as a rule
+PreTrainedTokenizerFast = LlamaTokenizerFast  # its usual name in tokenizer_config.json
 
 __all__ = [
     "AutoTokenizer",

@@ -1,4 +1,4 @@
-"""What both tokenizers share: everything around the ids of a text."""
+"""Base class of the tokenizers: everything except the conversion between text and ids."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from .batch import BARE, BatchEncoding, Frame, Pieces, Places, Row, as_tensors, 
 from .options import VERY_LARGE, Options, check_side
 from .special import NAMES, as_token, flags_of
 
-# Keywords of transformers' from_pretrained that change nothing here: nothing is run, downloads always go on, and the
-# class that is asked for is the one that is made.
+# from_pretrained keywords of transformers that are ignored: no remote code is run, downloads always resume, and the
+# requested class is the one that is instantiated.
 IDLE = {"trust_remote_code", "resume_download", "proxies", "use_fast", "config", "_commit_hash"}
-SAVED_ANYHOW = {"safe_serialization", "save_jinja_files"}  # of save_pretrained: there are no weights to save, and
-# the template goes into tokenizer_config.json, where every version of transformers reads it
+SAVED_ANYHOW = {"safe_serialization", "save_jinja_files"}  # save_pretrained keywords that are ignored: there are no
+# weights, and the template goes into tokenizer_config.json, which every version of transformers reads
 OPTIONS = [field.name for field in fields(Options)]
-# What tokenizer_config.json says that is not the same for every tokenizer class.
+# Keys of tokenizer_config.json that are options of the tokenizer; all others are saved back unchanged.
 SETTINGS = {
     "additional_special_tokens", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "chat_template", "clean_up_tokenization_spaces", "extra_special_tokens", "legacy", "model_input_names",
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
-    """transformers' interface of a tokenizer. A subclass knows how a text becomes ids, and ids a text."""
+    """The tokenizer interface of transformers. Subclasses convert between text and ids."""
 
     vocab_files_names: ClassVar = {"vocab_file": "tokenizer.model"}
     is_fast: bool
@@ -43,7 +43,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     name_or_path = ""
 
     def _set_up(self, settings: Mapping[str, Any], padding_side: str) -> None:
-        """Take what a constructor or tokenizer_config.json says; the special tokens are the subclass's to register."""
+        """Apply the settings of a constructor or tokenizer_config.json; subclasses register the special tokens."""
         self.init_kwargs = dict(settings)
         self._named, self._additional, self._demoted, self._own = {}, [], set(), {}
         self.padding_side = settings.get("padding_side") or padding_side
@@ -67,54 +67,54 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
             check_side(name, value)
         super().__setattr__(name, value)
 
-    # What a subclass knows
+    # Implemented by subclasses
 
     @abstractmethod
     def _encode_texts(self, texts: list[str], split_special_tokens: bool) -> list[Pieces]:
-        """The pieces of each text, without special tokens around it."""
+        """Encode each text, without adding special tokens."""
 
     @abstractmethod
     def _frame(self, pair: bool) -> Frame:
-        """The special tokens around a text, or a pair."""
+        """The special tokens added around a text or a pair."""
 
     @abstractmethod
     def _join(self, ids: list[int], spaces: bool) -> str:
-        """The text of ids that all have a token."""
+        """Decode ids, each of which has a token."""
 
     @abstractmethod
     def _add(self, *tokens: AddedToken) -> None:
-        """Add tokens, or mark those of this content as added."""
+        """Add tokens; those already in the vocabulary are only marked as added."""
 
     @property
     def _keeps_spaces(self) -> bool:
-        """Whether cleaning up would take out spaces of the text itself: decoding has put none in."""
+        """Whether decoding inserts no spaces, so that clean-up would remove spaces of the text itself."""
         return False
 
     @abstractmethod
     def _vocabulary_files(self, folder: Path, prefix: str) -> list[Path]:
-        """Write the vocabulary; give the files."""
+        """Write the vocabulary and return the files."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """The tokens of the vocabulary, without added ones."""
+        """The size of the vocabulary, without added tokens."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """The tokens of the vocabulary and added ones."""
+        """The size of the vocabulary, added tokens included."""
 
     @abstractmethod
     def get_vocab(self) -> dict[str, int]:
-        """The id of every token."""
+        """The id of every token, added tokens included."""
 
     @property
     def vocab(self) -> dict[str, int]:
-        """The id of every token: `get_vocab`."""
+        """Same as `get_vocab()`."""
         return self.get_vocab()
 
     @abstractmethod
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text that tokens make together."""
+        """Join tokens into text."""
 
     # Text to ids
 
@@ -142,15 +142,15 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         verbose: bool = True,
         split_special_tokens: bool | None = None,
     ) -> BatchEncoding:
-        """A text, or several, as a model's inputs: `input_ids`, `attention_mask`, and what else is asked for.
+        """Encode one or more texts into model inputs: `input_ids`, `attention_mask` and what else is requested.
 
         Args:
             text: a text, or a list of them; with `is_split_into_words` a list of words, or a list of such lists.
             text_pair: a second text for each.
-            text_target: texts whose ids come out as `labels`.
+            text_target: texts whose ids are returned as `labels`.
             text_pair_target: a second text for each of those.
 
-        The others are those of `Options`.
+        See `Options` for the other arguments.
         """
         given = locals()
         options = Options(**{name: given[name] for name in OPTIONS})
@@ -182,7 +182,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
 
     @staticmethod
     def _split_pair(item: Any, options: Options) -> Any:
-        """What `_batch` takes: a list of two strings, or of two lists of words, is a pair."""
+        """An item as `_batch` takes it: a list of two strings, or of two lists of words, is a pair."""
         if isinstance(item, str):
             return item
         if item is None:
@@ -199,8 +199,8 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         direct: bool = False,
         given_ids: bool = False,
     ) -> BatchEncoding:
-        """Encode, cut, frame, fill up: strings, and pairs whose second half may be None. With `direct`, what is not a
-        string may be tokens or ids."""
+        """Encode, truncate, add special tokens and pad: strings, and pairs whose second half may be None. With
+        `direct`, lists may also be tokens or ids."""
         if not items:
             raise ValueError("text is an empty list; give at least one string")
         options.resolve(self)
@@ -208,7 +208,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
             return self._plainly(items, options, single)
         items = [(item, None) if isinstance(item, str) else item for item in items]
         if options.return_offsets_mapping and not self.is_fast:
-            raise ValueError("return_offsets_mapping: only LlamaTokenizerFast knows where its tokens come from")
+            raise ValueError("return_offsets_mapping needs LlamaTokenizerFast: LlamaTokenizer does not track offsets")
         windowed = self.is_fast and options.return_overflowing_tokens and not given_ids
         halves = [half for pair in items for half in pair if half is not None]
         encoded = iter(self._encode_all(halves, options, direct))
@@ -224,7 +224,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
 
     def _encode_all(self, items: list[Any], options: Options, direct: bool) -> list[Pieces]:
         flat: list[str] = []
-        plan: list[Pieces | int | None] = []  # ready ones; a number of words; None for one text
+        plan: list[Pieces | int | None] = []  # encoded already; a number of words; None for one text
         for item in items:
             words = isinstance(item, list | tuple)
             if isinstance(item, str):
@@ -253,7 +253,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     def _rows(
         self, texts: tuple[Pieces, ...], frame: Frame, options: Options, sample: int, windowed: bool
     ) -> list[Row]:
-        """The row of a text or a pair; what is cut off makes more rows if `windowed`, else a list beside it."""
+        """The row of a text or a pair. What is truncated becomes further rows if `windowed`, else an extra list."""
         overflowing = options.return_overflowing_tokens
         if options.truncation == "do_not_truncate" and not overflowing:
             return [Row(texts, None, frame, sample)]
@@ -282,7 +282,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return [Row(texts, kept, frame, sample, extra)]
 
     def _plainly(self, strings: list[str], options: Options, single: bool) -> BatchEncoding:
-        """What the rest of `_batch` gives where nothing is to be cut, filled up or added: most calls, sooner."""
+        """Fast path of `_batch` for most calls: no truncation, no padding, no extra outputs."""
         texts = self._encode_texts(strings, bool(options.split_special_tokens))
         frame = self._frame(False) if options.add_special_tokens else BARE
         before, _, after = frame.ids
@@ -326,7 +326,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         if single and options.return_tensors is None and not windowed:
             finished = {name: value[0] for name, value in values.items()}
             if self.is_fast and options.return_length:
-                finished["length"] = values["length"]  # a list, as transformers' fast class gives it
+                finished["length"] = values["length"]  # a list, as in transformers' fast class
         finished = as_tensors(finished, options.return_tensors)
         return BatchEncoding(finished, (lambda: rows) if self.is_fast else None, self._name)
 
@@ -343,7 +343,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The ids of a text, with the special tokens around it unless told otherwise. The text may be tokens or ids."""
+        """Encode a text into ids, by default with special tokens. The text may also be a list of tokens or ids."""
         options = kwargs | dict(
             add_special_tokens=add_special_tokens, padding=padding, truncation=truncation, max_length=max_length,
             stride=stride, padding_side=padding_side, return_tensors=return_tensors,
@@ -351,7 +351,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return self.encode_plus(text, text_pair, **options)["input_ids"]
 
     def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
-        """`__call__` for one text, which may also be tokens or ids."""
+        """`__call__` for one text, which may also be a list of tokens or ids."""
         if not isinstance(text, str | list | tuple):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
         return self._batch([_item(text, text_pair)], self._options(kwargs), single=True, direct=True)
@@ -366,11 +366,11 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     def prepare_for_model(
         self, ids: list[int], pair_ids: list[int] | None = None, prepend_batch_axis: bool = False, **kwargs: Any
     ) -> BatchEncoding:
-        """`__call__` for ids: cut, framed with special tokens, filled up."""
+        """`__call__` for ids: truncate, add special tokens and pad."""
         if not isinstance(ids, list | tuple) or not all(
             isinstance(i, int | np.integer) for i in [*ids, *(pair_ids or [])]
         ):
-            raise ValueError(f"ids must be a list of whole numbers, got {ids!r}")
+            raise ValueError(f"ids must be a list of integers, got {ids!r}")
         return self._batch(
             [(ids, pair_ids)], self._options(kwargs), single=not prepend_batch_axis, direct=True, given_ids=True
         )
@@ -379,13 +379,13 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     def _options(kwargs: dict[str, Any]) -> Options:
         for name in kwargs:
             if name not in OPTIONS:
-                raise ValueError(f"{name!r} is no option of the tokenizer; there are {', '.join(OPTIONS)}")
+                raise ValueError(f"{name!r} is not a tokenizer option; the options are {', '.join(OPTIONS)}")
         return Options(**kwargs)
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
-        """The tokens of a text, as text."""
+        """Split a text into tokens, as strings."""
         options = self._options(kwargs | {"add_special_tokens": add_special_tokens})
         encoded = [one for one in (text, pair) if one is not None]
         if not all(isinstance(one, str) for one in encoded):
@@ -408,11 +408,11 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """Fill up what has been encoded: one dictionary of lists or of lists of lists, or a list of dictionaries."""
+        """Pad what has been encoded: one dictionary of lists or of lists of lists, or a list of dictionaries."""
         if isinstance(encoded_inputs, list | tuple) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
             encoded_inputs = {name: [one[name] for one in encoded_inputs] for name in encoded_inputs[0]}
         if not isinstance(encoded_inputs, Mapping) or "input_ids" not in encoded_inputs:
-            raise ValueError("give an encoding or a list of them; each needs input_ids")
+            raise ValueError("encoded_inputs must be an encoding or a list of encodings, each with input_ids")
         values = {name: _as_lists(value) for name, value in encoded_inputs.items()}
         options = Options(
             padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
@@ -446,7 +446,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         truncation_strategy: Any = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """Ids, the pair's, and what was cut off with `stride` tokens before it."""
+        """The truncated ids, the pair's, and the removed tokens with `stride` kept ones next to them."""
         strategy = getattr(truncation_strategy, "value", truncation_strategy)
         texts = [ids] if pair_ids is None else [ids, pair_ids]
         removed = _removals([len(text) for text in texts], num_tokens_to_remove, strategy)
@@ -463,17 +463,17 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     # Special tokens around a text
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many special tokens stand around a text, or a pair."""
+        """The number of special tokens added around a text or a pair."""
         return len(self._frame(pair))
 
     @property
     def max_len_single_sentence(self) -> int:
-        """The longest text that fits into the model."""
+        """The maximum number of tokens in a text, special tokens excluded."""
         return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> int:
-        """The longest pair that fits into the model."""
+        """The maximum number of tokens in a pair, special tokens excluded."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     def _framed(self, first: list[int], second: list[int] | None) -> Row:
@@ -483,22 +483,22 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """The ids of a text, or a pair, with the special tokens around."""
+        """Add special tokens to the ids of a text or a pair."""
         return self._framed(token_ids_0, token_ids_1).ids
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """0 for what `build_inputs_with_special_tokens` makes of the first text, 1 for what it makes of the second."""
+        """Token types for the output of `build_inputs_with_special_tokens`: 0 for the first text, 1 for the second."""
         return self._framed(token_ids_0, token_ids_1).types(self.pad_token_type_id)
 
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """1 for special tokens and 0 for those of a text, of what `build_inputs_with_special_tokens` makes.
+        """Mask for the output of `build_inputs_with_special_tokens`: 1 for special tokens, 0 for text.
 
         Args:
-            already_has_special_tokens: the ids are what it has made.
+            already_has_special_tokens: whether `token_ids_0` is such an output.
         """
         if not already_has_special_tokens:
             return self._framed(token_ids_0, token_ids_1).special
@@ -513,7 +513,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     # Ids to text
 
     def knows(self, token: int) -> bool:
-        """Whether there is a token of this id. A model's vocabulary may be padded beyond its tokenizer's."""
+        """Whether a token has this id. A model's vocabulary may be padded beyond its tokenizer's."""
         return token >= 0 and self._token_of(token) is not None
 
     def _name(self, number: int) -> str:
@@ -529,7 +529,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         numbers = [int(i) for i in ids]
         for number in numbers:
             if not self.knows(number):
-                raise ValueError(f"ids must be those of tokens, below {len(self)} as a rule; got {number}")
+                raise ValueError(f"ids must be those of tokens, normally below {len(self)}; got {number}")
         return numbers
 
     def decode(
@@ -540,15 +540,15 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         spaces_between_special_tokens: bool | None = None,
         use_source_tokenizer: bool = False,
     ) -> Any:
-        """The text of ids; of a list of lists, a list of texts. Bytes that make no character become U+FFFD.
+        """Decode ids into text, or a list of lists into a list of texts. Invalid UTF-8 becomes U+FFFD.
 
         Args:
-            clean_up_tokenization_spaces: take the space before punctuation and English contractions out. Byte-level
-                vocabularies give the text as it was all the same, as in transformers 5.
-            spaces_between_special_tokens: put a space on both sides of added tokens. SentencePiece's vocabularies only.
-            use_source_tokenizer: changes nothing; there is one tokenizer for both sides.
+            clean_up_tokenization_spaces: remove the space before punctuation and English contractions. Ignored for
+                byte-level vocabularies, as in transformers 5.
+            spaces_between_special_tokens: put a space on both sides of added tokens; SentencePiece vocabularies only.
+            use_source_tokenizer: ignored.
 
-        Without a word, both are as the tokenizer was made.
+        The first two default to the tokenizer's settings.
         """
         ids = _as_lists(token_ids)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
@@ -556,7 +556,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
                 ids, skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens
             )
         if isinstance(ids, str | Mapping) or not isinstance(ids, int | Iterable):
-            raise ValueError(f"ids must be numbers, got {type(token_ids).__name__}")
+            raise ValueError(f"ids must be integers, got {type(token_ids).__name__}")
         numbers = self._checked([ids] if isinstance(ids, int) else ids)
         if skip_special_tokens:
             numbers = [number for number in numbers if number not in self._silent]
@@ -570,18 +570,18 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
     def batch_decode(
         self, sequences: Iterable, skip_special_tokens: bool = False, *args: Any, **kwargs: Any
     ) -> list[str]:
-        """`decode` of each."""
+        """Apply `decode` to each sequence."""
         return [self.decode(ids, skip_special_tokens, *args, **kwargs) for ids in sequences]
 
     @staticmethod
     def clean_up_tokenization(out_string: str) -> str:
-        """A text without the space before punctuation and English contractions."""
+        """Remove the space before punctuation and English contractions."""
         for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
             out_string = out_string.replace(spaced, spaced.strip())
         return out_string
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or the tokens of several, as text."""
+        """Convert an id, or a list of ids, to tokens."""
         ids = _as_lists(ids)
         if isinstance(ids, int):
             return self._name(self._checked([ids])[0])
@@ -589,7 +589,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return [self._name(number) for number in self._checked(ids) if number not in silent]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token, or of several; `unk_token_id` for what is none."""
+        """Convert a token, or a list of tokens, to ids; unknown ones become `unk_token_id`."""
         if tokens is None or isinstance(tokens, str):
             return None if tokens is None else self._id_or_unk(tokens)
         return [self._id_or_unk(token) for token in tokens]
@@ -600,13 +600,13 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         number = self._id_of(token)
         return self.unk_token_id if number is None else number
 
-    # More tokens
+    # Adding tokens
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Make tokens of strings that text is searched for before anything else. Gives how many are new.
+        """Add tokens, which are matched in a text before anything else, and return how many are new.
 
         Args:
-            special_tokens: whether decoding can skip them.
+            special_tokens: whether `skip_special_tokens` skips them.
         """
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens or [])
         before, known, listed, new = len(self), set(self.all_special_tokens), self.special_names, []
@@ -626,16 +626,16 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
 
     @property
     def special_names(self) -> set[str]:
-        """The special tokens that have a name or are listed as additional ones."""
+        """The named special tokens and the additional ones."""
         return {token.content for token in [*self._named.values(), *self._additional]}
 
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
     ) -> int:
-        """Set special tokens by name ("bos_token", ..., "additional_special_tokens"); those that are new are added.
+        """Set special tokens by name ("bos_token", ..., "additional_special_tokens"), adding them where needed.
 
         Returns:
-            How many are new.
+            The number of tokens added to the vocabulary.
         """
         before = len(self)
         for name, value in special_tokens_dict.items():
@@ -651,23 +651,23 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
                 self._replace_additional([*kept, *(token for token in made if token.content not in names)])
             else:
                 raise ValueError(
-                    f"{name!r} is no special token; there are {', '.join(NAMES)}, additional_special_tokens"
+                    f"{name!r} is not a special token; use one of {', '.join(NAMES)}, additional_special_tokens"
                 )
         return len(self) - before
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
-        """The ids of the added tokens, special ones among them."""
+        """The ids of the added tokens, special tokens included."""
         return {token.content: number for number, token in self.added_tokens_decoder.items()}
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The ids of the added tokens, special ones among them."""
+        """The ids of the added tokens, special tokens included."""
         return self.added_tokens_encoder
 
     # Files
 
     def _settings(self) -> dict[str, Any]:
-        """What tokenizer_config.json says of this tokenizer."""
+        """The contents of tokenizer_config.json."""
         said: dict[str, Any] = {name: value for name, value in self.init_kwargs.items() if name not in SETTINGS}
         said |= {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
         for name in ("vocab_file", "tokenizer_file", "name_or_path"):
@@ -701,16 +701,16 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> tuple[str, ...]:
-        """Write the tokenizer's files into a folder, as transformers reads them; gives their paths."""
+        """Save the tokenizer to a folder in the format of transformers and return the paths written."""
         if unknown := kwargs.keys() - SAVED_ANYHOW:
-            raise ValueError(f"{min(unknown)!r} is no option of the tokenizer's save_pretrained")
+            raise ValueError(f"{min(unknown)!r} is not an option of the tokenizer's save_pretrained")
         if push_to_hub:
-            raise ValueError("push_to_hub: files are written here only; upload the folder yourself")
+            raise ValueError("push_to_hub is not supported; upload the folder yourself")
         if legacy_format is False and not self.is_fast:
             raise ValueError("legacy_format=False: only LlamaTokenizerFast can write a tokenizer.json")
         folder = Path(save_directory)
         if folder.is_file():
-            raise ValueError(f"save_directory ({folder}) is a file; give a folder")
+            raise ValueError(f"save_directory ({folder}) is a file; pass a folder")
         folder.mkdir(parents=True, exist_ok=True)
         start = f"{filename_prefix}-" if filename_prefix else ""
         said = {
@@ -723,7 +723,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         added = {t: n for t, n in self.get_added_vocab().items() if n >= self.vocab_size}
         further = () if start else (folder / "additional_chat_templates").glob("*.jinja")
         for stale in (folder / f"{start}chat_template.jinja", *further):
-            stale.unlink(missing_ok=True)  # templates of before, which would win over tokenizer_config.json
+            stale.unlink(missing_ok=True)  # from an earlier save; would take precedence over tokenizer_config.json
         paths = [_written(folder / f"{start}{name}", content) for name, content in said.items()]
         paths += self._vocabulary_files(folder, start)
         if added:
@@ -731,25 +731,25 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
         return tuple(str(path) for path in [*paths, *self._library_files(folder, start)])
 
     def _library_files(self, folder: Path, prefix: str) -> list[Path]:
-        """Write the tokenizer.json, if this is a tokenizer that has one; give the files."""
+        """Write tokenizer.json, if this tokenizer has one, and return the files."""
         return []
 
     @classmethod
     @abstractmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """The tokenizer of a model on disk."""
+        """Load the tokenizer of a model."""
 
     @staticmethod
     def _meant(kwargs: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
-        """The options that were given, less those that mean nothing here.
+        """Return the options without those that are ignored.
 
         Raises:
-            ValueError: there is no such option.
+            ValueError: an option does not exist.
         """
         legal = {*SETTINGS, *known}
         for name in kwargs:
             if name not in legal and name not in IDLE:
-                raise ValueError(f"{name!r} is no option of the tokenizer; there are {', '.join(sorted(legal))}")
+                raise ValueError(f"{name!r} is not a tokenizer option; the options are {', '.join(sorted(legal))}")
         return {name: value for name, value in kwargs.items() if name in legal}
 
     def __repr__(self) -> str:
@@ -762,7 +762,7 @@ class LlamaTokenizerBase(chat.ChatTemplates, special.SpecialTokens):
 
 
 def flags(token: AddedToken) -> dict[str, Any]:
-    """The token as special_tokens_map.json writes it."""
+    """A token's entry in special_tokens_map.json."""
     return {name: value for name, value in flags_of(token).items() if name != "special"}
 
 
@@ -776,14 +776,14 @@ def _item(text: Any, pair: Any) -> Any:
 
 
 def _removals(lengths: list[int], count: int, strategy: str) -> list[int]:
-    """How many tokens to take from each text so that `count` go in all."""
+    """The number of tokens to remove from each text, `count` in all."""
     removed = [0] * len(lengths)
     if count <= 0 or strategy == "do_not_truncate":
         return removed
     if strategy == "only_second" and len(lengths) == 1:
         raise ValueError("truncation='only_second' needs a second text; use 'only_first' or 'longest_first'")
     if strategy == "longest_first" and len(lengths) == 2:
-        # One by one from the longer text, from the second where both are equally long.
+        # As if removing one at a time from the longer text, from the second when both are equally long.
         ahead = min(abs(lengths[0] - lengths[1]), count)
         removed = [(count - ahead) // 2, (count - ahead + 1) // 2]
         removed[0 if lengths[0] > lengths[1] else 1] += ahead
@@ -792,14 +792,14 @@ def _removals(lengths: list[int], count: int, strategy: str) -> list[int]:
     for length, out in zip(lengths, removed, strict=True):
         if out > length:
             raise ValueError(
-                f"max_length leaves no room: {out} tokens would have to go from a text of {length}; raise it"
+                f"max_length is too small: {out} tokens would have to be removed from a text of {length}; raise it"
                 + (", or use truncation='longest_first'" if len(lengths) == 2 and strategy != "longest_first" else "")
             )
     return removed
 
 
 def _overflow(ids: list[int], out: int, stride: int, side: str) -> list[int]:
-    """What is cut off, with `stride` tokens that stay."""
+    """The removed tokens, with `stride` kept ones next to them."""
     if not out:
         return []
     size = min(len(ids), stride + out)
@@ -807,7 +807,7 @@ def _overflow(ids: list[int], out: int, stride: int, side: str) -> list[int]:
 
 
 def _joined(words: list[Pieces]) -> Pieces:
-    """The pieces of words as those of one text. Each word's characters are counted by themselves."""
+    """Join the pieces of words into those of one text. Offsets are relative to each word."""
     ids = [number for word in words for number in word.ids]
     if not words or any(word.places is None for word in words):
         return Pieces(ids)
@@ -824,6 +824,6 @@ def _filled(row: list[Any], count: int, value: Any, left: bool) -> list[Any]:
 
 
 def _as_lists(value: Any) -> Any:
-    """Arrays and tensors as lists of numbers."""
+    """Convert arrays and tensors to nested lists."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""A tokenizer's output on its way: pieces of a text, the rows of a batch, and the batch itself."""
+"""Tokenizer output: the pieces of a text, the rows of a batch, and the batch itself."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,25 +6,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Marks = list[tuple[int, int]]  # special tokens: each one's id and its token type
+Marks = list[tuple[int, int]]  # special tokens as (id, token type)
 
 
 class Places(NamedTuple):
-    """Where the pieces of a text come from, under the names that the library's `Encoding` has."""
+    """Where the pieces of a text come from, named as in the `Encoding` of `tokenizers`."""
 
-    offsets: list[tuple[int, int]]  # the first character of each and the one after its last
+    offsets: list[tuple[int, int]]  # (start, end) in characters
     word_ids: list[int | None]
 
 
 class Pieces(NamedTuple):
-    """The ids of a text, and its `Places`, or an `Encoding`, where they are known."""
+    """The ids of a text and, where known, its `Places` or `LaterPlaces`."""
 
     ids: list[int]
     places: Any = None
 
 
 class Frame:
-    """The special tokens around a text (`between` stays empty) or a pair, and the token types of the texts."""
+    """The special tokens around a text (`between` is empty) or a pair, and the token types of the texts."""
 
     def __init__(self, before: Marks, between: Marks, after: Marks, types: tuple[int, int] = (0, 1)):
         self.marks, self.types = (before, between, after), types
@@ -41,10 +41,10 @@ class Row:
     """One text, or a pair, with special tokens around it and padding at one end.
 
     Args:
-        texts: the pieces of each,
-        kept: and which of them are in this row; None for all.
-        sample: the number of the text in its batch.
-        extra: what else is said of this row, by name.
+        texts: the pieces of each text.
+        kept: which pieces of each text are in this row; None for all.
+        sample: the index of the text in its batch.
+        extra: further outputs of this row, by name.
     """
 
     __slots__ = ("extra", "frame", "ids", "kept", "left", "right", "sample", "texts")
@@ -65,10 +65,10 @@ class Row:
             self.ids = before + first + after
         else:
             self.ids = before + first + between + texts[1].ids[self.kept[1].start : self.kept[1].stop] + after
-        self.left = self.right = 0  # how much padding there is
+        self.left = self.right = 0  # amount of padding
 
     def pad(self, length: int, side: str, token: int) -> None:
-        """Fill up to `length`."""
+        """Pad to `length`."""
         if (count := length - len(self.ids)) > 0:
             if side == "left":
                 self.left, self.ids = count, [token] * count + self.ids
@@ -76,7 +76,7 @@ class Row:
                 self.right, self.ids = count, self.ids + [token] * count
 
     def _laid_out(self, mark: Callable[[int], Any], text: Callable[[int], list[Any]], padding: Any) -> list[Any]:
-        """A value for every id: `mark` of a special token's type, what `text` gives for a text, or `padding`."""
+        """One value per id: `mark(type)` for special tokens, `text(n)` for text n, `padding` for padding."""
         before, between, after = ([mark(type_) for _, type_ in marks] for marks in self.frame.marks)
         inner = text(0) if len(self.texts) == 1 else [*text(0), *between, *text(1)]
         return [padding] * self.left + before + inner + after + [padding] * self.right
@@ -112,16 +112,16 @@ class Row:
         return self._places("word_ids", None)
 
     def of_word(self, word: int, sequence: int) -> list[int]:
-        """The places of a word's tokens."""
+        """The positions of a word's tokens."""
         pairs = zip(self.words, self.sequences, strict=True)
         return [place for place, pair in enumerate(pairs) if pair == (word, sequence)]
 
 
 class BatchEncoding(dict):
-    """A model's inputs by name, as keys and as attributes.
+    """Model inputs by name, accessible as keys and as attributes.
 
-    What the fast tokenizer makes also knows which characters each token comes from: `tokens`, `word_ids`,
-    `sequence_ids`, `char_to_token`, `token_to_chars`, `char_to_word` and so on, and `encodings` with all of it by row.
+    Output of the fast tokenizer also maps between tokens, words and characters: `tokens`, `word_ids`, `sequence_ids`,
+    `char_to_token`, `token_to_chars`, `char_to_word` and so on; `encodings` holds all of it, row by row.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class BatchEncoding(dict):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from error
 
     def __missing__(self, item: Any) -> Any:
-        """Of a row's number, all that is known of the row."""
+        """Return the `Encoding` of a row if the key is an integer."""
         if isinstance(item, int):
             return Encoding(self._row(item), self._names)
         raise KeyError(item)
@@ -151,7 +151,7 @@ class BatchEncoding(dict):
     copy = __copy__
 
     def __reduce__(self) -> Any:
-        """Without the tokenizer: where the tokens come from is worked out and goes along."""
+        """Pickle without the tokenizer: offsets are computed first and pickled along."""
         if self._rows is None:
             return BatchEncoding, (dict(self),)
         names = {number: self._names(number) for row in self._all_rows() for number in row.ids}  # type: ignore[misc]
@@ -159,17 +159,17 @@ class BatchEncoding(dict):
 
     @property
     def data(self) -> dict[str, Any]:
-        """The values: this very dictionary."""
+        """The values: this dictionary itself."""
         return self
 
     @property
     def is_fast(self) -> bool:
-        """Whether the tokens know their characters."""
+        """Whether tokens can be mapped to characters."""
         return self._rows is not None
 
     @property
     def encodings(self) -> "list[Encoding] | None":
-        """What is known of each row, under the names of the library `tokenizers`; None from `LlamaTokenizer`."""
+        """The `Encoding` of each row; None from `LlamaTokenizer`."""
         return None if self._rows is None else [Encoding(row, self._names) for row in self._all_rows()]
 
     @property
@@ -178,18 +178,18 @@ class BatchEncoding(dict):
         return None if self._rows is None else len(self._row(0).texts)
 
     def to(self, device: Any, *, non_blocking: bool = False) -> "BatchEncoding":
-        """The same, its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         moved = {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in self.items()}
         return BatchEncoding(moved, self._rows, self._names)
 
     def convert_to_tensors(self, tensor_type: Any = None, prepend_batch_axis: bool = False) -> "BatchEncoding":
-        """Make "np" arrays or "pt" tensors of the values, in place; with `prepend_batch_axis` a batch of one."""
+        """Convert the values to "np" arrays or "pt" tensors in place; with `prepend_batch_axis`, a batch of one."""
         self.update(as_tensors(dict(self), getattr(tensor_type, "value", tensor_type), prepend_batch_axis))
         return self
 
     def _all_rows(self) -> list[Row]:
         if self._rows is None:
-            raise ValueError("only what LlamaTokenizerFast has encoded knows where its tokens come from")
+            raise ValueError("mapping tokens to words or characters needs an encoding by LlamaTokenizerFast")
         if self._made is None:
             self._made = self._rows()
         return self._made
@@ -198,23 +198,23 @@ class BatchEncoding(dict):
         return self._all_rows()[batch_index]
 
     def _at(self, batch_or_token_index: int, token_index: int | None) -> tuple[Row, int]:
-        """A row, the first if only a token is named, and a token's place in it."""
+        """A row, the first if only a token is given, and the token's position in it."""
         at, token = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
         row = self._row(at)
         return row, token + len(row.ids) if token < 0 else token
 
     def tokens(self, batch_index: int = 0) -> list[str]:
-        """The tokens of a row, as text."""
+        """The tokens of a row, as strings."""
         row = self._row(batch_index)
         assert self._names is not None
         return [self._names(number) for number in row.ids]
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Which text of the pair each token of a row is from: 0 or 1, or None for special tokens."""
+        """Which text of the pair each token of a row comes from: 0 or 1, or None for special tokens."""
         return self._row(batch_index).sequences
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """The number of each token's word in its text; None for special tokens."""
+        """The index of each token's word in its text; None for special tokens."""
         return self._row(batch_index).words
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> "CharSpan | None":
@@ -223,19 +223,19 @@ class BatchEncoding(dict):
         return None if row.sequences[token] is None else CharSpan(*row.spans[token])
 
     def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """Which text of the pair a token is from; None for special tokens."""
+        """Which text of the pair a token comes from; None for special tokens."""
         row, token = self._at(batch_or_token_index, token_index)
         return row.sequences[token]
 
     def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """The number of a token's word in its text; None for special tokens."""
+        """The index of a token's word in its text; None for special tokens."""
         row, token = self._at(batch_or_token_index, token_index)
         return row.words[token]
 
     def word_to_tokens(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> "TokenSpan | None":
-        """The tokens of a word; None where it has none."""
+        """The tokens of a word; None if it has none."""
         row, word = self._row_and_word(batch_or_word_index, word_index)
         found = row.of_word(word, sequence_index)
         return TokenSpan(found[0], found[-1] + 1) if found else None
@@ -243,7 +243,7 @@ class BatchEncoding(dict):
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> "CharSpan | None":
-        """The characters of a word; None where it has no token."""
+        """The characters of a word; None if it has no tokens."""
         row, word = self._row_and_word(batch_or_word_index, word_index)
         spans = [row.spans[token] for token in row.of_word(word, sequence_index)]
         return CharSpan(spans[0][0], spans[-1][1]) if spans else None
@@ -253,14 +253,14 @@ class BatchEncoding(dict):
         return self._row(at), word
 
     def char_to_token(self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0):
-        """The first token that a character is part of; None for one that no token holds."""
+        """The first token that contains a character; None if no token does."""
         at, char = (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
         row = self._row(at)
         found = zip(row.sequences, row.spans, strict=True)
         return next((n for n, (which, (a, b)) in enumerate(found) if which == sequence_index and a <= char < b), None)
 
     def char_to_word(self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0):
-        """The number of the word that a character is part of."""
+        """The index of the word that contains a character."""
         token = self.char_to_token(batch_or_char_index, char_index, sequence_index)
         return None if token is None else self._row(batch_or_char_index if char_index is not None else 0).words[token]
 
@@ -276,7 +276,7 @@ class TokenSpan(NamedTuple):
 
 
 class Encoding:
-    """What is known of one row, under the names that the library `tokenizers` gives it."""
+    """Everything known about one row, named as in the `Encoding` of `tokenizers`."""
 
     def __init__(self, row: Row, names: Callable[[int], str] | None):
         assert names is not None
@@ -291,7 +291,7 @@ class Encoding:
 
 
 def as_tensors(values: dict[str, Any], kind: str | None, single: bool = False) -> dict[str, Any]:
-    """Lists as "np" arrays or "pt" tensors; None leaves them. A `single` text becomes a batch of one."""
+    """Convert lists to "np" arrays or "pt" tensors; None leaves them as they are. `single` makes a batch of one."""
     if kind is None:
         return values
     if kind not in ("np", "pt"):
@@ -303,27 +303,27 @@ def as_tensors(values: dict[str, Any], kind: str | None, single: bool = False) -
         value = [value] if single else value
         rows = [len(row) for row in value if isinstance(row, list)]
         if len(set(rows)) > 1:
-            raise ValueError("texts of different lengths make no tensor; pass padding=True")
+            raise ValueError("texts of different lengths do not fit into one tensor; pass padding=True")
         dtype = np.int64 if rows and max(rows) == 0 else None
         array = np.array(value, dtype)
         if kind == "np":
             made[name] = array
-        else:  # Python's floats become PyTorch's default type
+        else:  # Python floats become PyTorch's default dtype
             floats = isinstance(value, list) and array.dtype == np.float64
             made[name] = torch.tensor(array, dtype=torch.get_default_dtype() if floats else None)
     return made
 
 
 def kept_range(length: int, keep: int, side: str) -> range:
-    """The places of a text that stay when it is cut on `side`."""
+    """The positions that remain when a text is truncated on `side`."""
     return range(length - keep, length) if side == "left" else range(keep)
 
 
 def windows(length: int, size: int, stride: int, side: str) -> list[range]:
-    """All of a long text as stretches of `size` that share `stride` tokens with the one before."""
+    """Split a long text into windows of `size` tokens, each sharing `stride` tokens with the one before."""
     if stride >= size:
         way = f"lower stride ({stride}) or raise max_length" if size else "raise max_length"
-        raise ValueError(f"max_length leaves {size} tokens of room for text, and stride keeps {stride} of them; {way}")
+        raise ValueError(f"max_length leaves room for {size} tokens of text, but stride repeats {stride}; {way}")
     found, step = [], size - stride
     for shift in range(0, length, step):
         if side == "left":

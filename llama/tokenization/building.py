@@ -1,4 +1,4 @@
-"""Tokenizers of the library `tokenizers`, made from vocabularies."""
+"""Build tokenizers of the `tokenizers` library from vocabularies."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -13,7 +13,7 @@ LLAMA3_SPECIAL = [  # Meta's llama3, tokenizer.py
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{n}|>" for n in range(5, 251)),
 ]  # fmt: skip
-LLAMA31_SPECIAL = [  # Meta's llama-models, tokenizer.py: the file is that of Llama 3, the names are others
+LLAMA31_SPECIAL = [  # Meta's llama-models, tokenizer.py: same file as in Llama 3, but other names
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{n}|>" for n in range(3, 248)),
@@ -21,18 +21,18 @@ LLAMA31_SPECIAL = [  # Meta's llama-models, tokenizer.py: the file is that of Ll
 
 
 def from_sentencepiece(file: SentencePieceFile, name: str, legacy: bool, prefix: bool) -> Tokenizer:
-    """What SentencePiece does with a model of Llama's kind.
+    """Build a tokenizer equivalent to a SentencePiece model of Llama's kind.
 
-    A space is put before the text; with `legacy`, before each part between added tokens. The usual way to say the
-    former, Metaspace's "first", leaves it out where the text begins with a space. So spaces are made "▁" beforehand,
-    Metaspace puts a real space in front, which no text can begin with any more, and another one makes that "▁".
+    A space is put before the text; with `legacy`, before each part between added tokens. The usual way to do the
+    former, Metaspace's "first", skips texts that begin with a space. So the normalizer first turns spaces into "▁"; one
+    Metaspace then prepends a real space, which no text can begin with any more, and another turns that into "▁".
 
     Raises:
-        ValueError: the model is of another kind; `LlamaTokenizer` leaves all to SentencePiece.
+        ValueError: the model is of another kind, which only `LlamaTokenizer` supports.
     """
     if file.model_type != BPE or file.normalized or file.remove_extra_whitespaces or not file.escape_whitespaces:
         raise ValueError(
-            f"{name} is no model of Llama's kind (byte-pair encoding, text left as it is); use LlamaTokenizer for it"
+            f"{name} is not a model of Llama's kind (byte-pair encoding, no normalization); use LlamaTokenizer for it"
         )
     usable = {p for p, type_ in zip(file.pieces, file.types, strict=True) if type_ in (NORMAL, USER_DEFINED, UNUSED)}
     tokenizer = sentencepiece_bpe(file.pieces, file.scores, prefix and legacy, usable)
@@ -51,14 +51,14 @@ def from_sentencepiece(file: SentencePieceFile, name: str, legacy: bool, prefix:
 def sentencepiece_bpe(
     pieces: list[str], scores: list[float], add_space_prefix: bool, usable: set[str] | None = None
 ) -> Tokenizer:
-    """SentencePiece's kind of tokenizer, which Llama 1 and 2 use: of all pairs that make a piece, the one with the
-    best score merges first, the leftmost among equals; what no piece covers is spelt in bytes.
+    """Build a tokenizer of SentencePiece's kind, which Llama 1 and 2 use: of all pairs that form a piece, the one with
+    the best score merges first, the leftmost among equals; characters that no piece covers are encoded as bytes.
 
     Args:
-        usable: the pieces that text can become; by default all. Only their parts merge.
+        usable: the pieces that merges may use and produce; by default all.
     """
     if len(scores) != len(pieces):
-        raise ValueError(f"the tokenizer has {len(pieces)} tokens and {len(scores)} scores")
+        raise ValueError(f"the tokenizer has {len(pieces)} tokens but {len(scores)} scores")
     vocab = {piece: number for number, piece in enumerate(pieces)}
     known = vocab.keys() if usable is None else usable
     pairs = [
@@ -67,7 +67,7 @@ def sentencepiece_bpe(
         for cut in range(1, len(piece))
         if piece[:cut] in known and piece[cut:] in known
     ]
-    pairs.sort()  # among equals the longer pieces go first
+    pairs.sort()  # at equal scores, longer pieces first
     merges = [(piece[:-minus], piece[-minus:]) for _, minus, _, piece in pairs]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True))
     replace = normalizers.Replace(" ", "▁")
@@ -80,8 +80,8 @@ def sentencepiece_bpe(
 
 
 def from_ranks(tokens: list[bytes], special: list[str]) -> Tokenizer:
-    """Llama 3's tokenizer: of all pairs of bytes that make a token, the one of the lowest rank merges first; the
-    `special` tokens come after them.
+    """Build Llama 3's tokenizer: of all pairs that form a token, the one with the lowest rank merges first. The ids of
+    the `special` tokens follow those of `tokens`.
     """
     letters = byte_letters()
     words = ["".join(letters[byte] for byte in token) for token in tokens]
@@ -103,7 +103,7 @@ def from_ranks(tokens: list[bytes], special: list[str]) -> Tokenizer:
 
 
 def byte_letters() -> list[str]:
-    """The letter that byte-level vocabularies write for each byte: its own where it can be seen, else one above 255."""
+    """The character that byte-level vocabularies use for each byte: its own if printable, else one above 255."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     above = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(above)) for byte in range(256)]

@@ -1,7 +1,7 @@
-"""Conversations as text: chat templates, which are jinja2 programs that come with a checkpoint.
+"""Chat templates: jinja2 programs, shipped with a checkpoint, that render conversations as text.
 
-They are somebody else's programs. They run in jinja2's immutable sandbox, as in transformers, and within limits: on the
-rounds of their loops, on the text they write, on the size of the values they make.
+They are untrusted code. They run in jinja2's immutable sandbox, as in transformers, and within limits on loop
+iterations, on the length of the output and on the size of intermediate values.
 """
 
 import json
@@ -24,10 +24,10 @@ from . import special
 from .batch import BatchEncoding
 from .tools import schema_of
 
-MAX_STEPS = 1_000_000  # rounds of loops and calls of macros
+MAX_STEPS = 1_000_000  # loop iterations and calls
 MAX_TEXT = 100_000_000  # characters
-MAX_FACTOR = 1_000_000  # of widths
-LENGTHENING = ("center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill")  # methods that make as much as one says
+MAX_FACTOR = 1_000_000  # largest width or other argument that lengthens text
+LENGTHENING = ("center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill")  # methods with such an argument
 
 # Meta's repository "llama", llama/generation.py (July 2023).
 DEFAULT_SYSTEM_PROMPT = (
@@ -37,7 +37,7 @@ DEFAULT_SYSTEM_PROMPT = (
     "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
     "not correct. If you don't know the answer to a question, please don't share false information."
 )
-# Llama 2's format, from the same file: the system prompt stands inside the first question.
+# Llama 2's format, from the same file: the system prompt is part of the first user message.
 LLAMA_2_TEMPLATE = """\
 {%- set system = default_system_prompt -%}
 {%- set turns = messages -%}
@@ -64,13 +64,13 @@ LLAMA_2_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 """
-CONTINUED = "\N{OBJECT REPLACEMENT CHARACTER}continued here\N{OBJECT REPLACEMENT CHARACTER} "  # and a space to be kept
+CONTINUED = "\N{OBJECT REPLACEMENT CHARACTER}continued here\N{OBJECT REPLACEMENT CHARACTER} "  # its space is to be kept
 
 Templates = str | dict[str, str] | None
 
 
 def templates(said: Any) -> Templates:
-    """One template, or several by name, as tokenizer_config.json or a constructor says it."""
+    """Parse `chat_template` of tokenizer_config.json or a constructor: one template, or several by name."""
     if isinstance(said, list):
         named = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
         said = named if said and len(named) == len(said) else 0
@@ -87,7 +87,7 @@ def as_saved(said: str | dict[str, str]) -> Any:
 
 
 class ChatTemplates(special.SpecialTokens):
-    """A tokenizer's `apply_chat_template`."""
+    """Mixin that implements a tokenizer's `apply_chat_template`."""
 
     chat_template: Templates
     use_default_system_prompt: bool
@@ -96,18 +96,18 @@ class ChatTemplates(special.SpecialTokens):
 
     @property
     def default_chat_template(self) -> str | None:
-        """Llama 2's, for a vocabulary that has what it is written with."""
+        """Llama 2's template if the tokenizer has its special tokens, else None."""
         return LLAMA_2_TEMPLATE if (self.bos_token, self.eos_token) == ("<s>", "</s>") else None
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template that `apply_chat_template` uses.
+        """Return the template that `apply_chat_template` uses.
 
         Args:
-            chat_template: the name of one of this tokenizer's, or a template.
-            tools: a tokenizer that has a template called "tool_use" uses that one for them.
+            chat_template: a template, or the name of one of this tokenizer's.
+            tools: if given, a template named "tool_use" is preferred to the default.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no template.
         """
         own = self.chat_template
         if isinstance(own, dict):
@@ -139,37 +139,38 @@ class ChatTemplates(special.SpecialTokens):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A conversation, [{"role": "user", "content": "..."}, ...], as the ids (or text) this model was trained on.
+        """Render a conversation, [{"role": "user", "content": "..."}, ...], in the model's format, as ids or as text.
 
-        The template writes its own special tokens; none is added when it is tokenized.
+        The template writes the special tokens; tokenization adds none.
 
         Args:
-            conversation: one, or a list of them.
-            tools: functions that the model may call, for the template to see: JSON schemas, or Python functions with
+            conversation: one conversation, or a list of them.
+            tools: functions that the model may call, passed to the template: JSON schemas, or Python functions with
                 type hints and a docstring that has an "Args:" section.
-            documents: dictionaries of strings, for the template to see.
-            chat_template: a template, or the name of one of the tokenizer's, instead of its own.
-            add_generation_prompt: end with the words that open the assistant's answer.
-            continue_final_message: end inside the last message, for the model to go on with.
-            tokenize: give ids; otherwise the text.
-            return_dict: give a model's inputs, as `__call__` does, with `tokenizer_kwargs`.
-            return_assistant_tokens_mask: in that dictionary, mark what the template has between {% generation %} and
-                {% endgeneration %}, as `assistant_masks`.
-            kwargs: more names for the template to see.
+            documents: dictionaries of strings, passed to the template.
+            chat_template: a template, or the name of one of the tokenizer's, instead of the default.
+            add_generation_prompt: end with the header of the assistant's reply.
+            continue_final_message: end inside the last message, for the model to continue it.
+            tokenize: return ids; otherwise text.
+            return_dict: return all model inputs, as `__call__` does, rather than ids only.
+            return_assistant_tokens_mask: add `assistant_masks` to that dictionary: 1 between {% generation %} and
+                {% endgeneration %} of the template.
+            tokenizer_kwargs: further arguments of `__call__`.
+            kwargs: further variables for the template.
 
         Raises:
-            ValueError: the tokenizer has no template, or the template refuses, fails, or does not end.
+            ValueError: the tokenizer has no template, or the template raises, fails or exceeds its limits.
         """
         if return_dict and not tokenize:
-            raise ValueError("return_dict=True needs tokenize=True: a text has no inputs to name")
+            raise ValueError("return_dict=True needs tokenize=True")
         if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
+            raise ValueError("continue_final_message and add_generation_prompt are mutually exclusive; set only one")
         if return_assistant_tokens_mask and not return_dict:
             raise ValueError("return_assistant_tokens_mask needs return_dict=True")
         if hasattr(conversation, "messages"):
             conversation = conversation.messages
         if not isinstance(conversation, list | tuple) or not conversation:
-            raise ValueError("a conversation must be a list of messages, or of conversations, with at least one in it")
+            raise ValueError("conversation must be a non-empty list of messages or of conversations")
         many = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
         chats = [getattr(one, "messages", one) for one in conversation] if many else [conversation]
         source = self.get_chat_template(chat_template, tools)
@@ -197,9 +198,7 @@ class ChatTemplates(special.SpecialTokens):
 def _schemas(tools: Sequence[Any] | None) -> list[Any] | None:
     for tool in tools or []:
         if not isinstance(tool, Mapping) and not isroutine(tool):
-            raise ValueError(
-                f"tools must be JSON schemas, that is dictionaries, or functions; got {type(tool).__name__}"
-            )
+            raise ValueError(f"tools must be JSON schemas (dictionaries) or functions, got {type(tool).__name__}")
     return None if tools is None else [tool if isinstance(tool, Mapping) else schema_of(tool) for tool in tools]
 
 
@@ -222,7 +221,7 @@ def _like(other: Any, values: list[list[int]]) -> Any:
 
 @dataclass
 class Run:
-    """What one template has done so far."""
+    """The state of one run of a template."""
 
     steps: int = 0
     written: list[str] = field(default_factory=list)
@@ -232,7 +231,7 @@ class Run:
     def step(self) -> None:
         self.steps += 1
         if self.steps > MAX_STEPS:
-            raise TemplateError(f"it is not done after {MAX_STEPS:,} rounds of its loops")
+            raise TemplateError(f"it takes more than {MAX_STEPS:,} loop iterations and calls")
 
     def write(self, text: str) -> None:
         self.written.append(text)
@@ -245,7 +244,7 @@ _run: ContextVar[Run] = ContextVar("run")
 
 
 def _rendered(source: str, chat: Any, names: Mapping[str, Any], continued: bool) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and which of its characters the template marks as the assistant's."""
+    """Render a conversation; return the text and the spans of characters that the template marks as the assistant's."""
     if not isinstance(chat, list | tuple) or not all(isinstance(message, Mapping) for message in chat):
         raise ValueError("a conversation must be a list of messages, each a dictionary of role and content")
     if not chat:
@@ -256,7 +255,7 @@ def _rendered(source: str, chat: Any, names: Mapping[str, Any], continued: bool)
     try:
         for text in _compiled(source).generate(messages=chat, **names):
             run.write(text)
-    except (Exception, RecursionError) as error:  # a template is somebody else's program: it can fail in any way
+    except (Exception, RecursionError) as error:  # a template is untrusted code and can fail in any way
         raise ValueError(f"the chat template fails on this conversation: {error}") from error
     finally:
         _run.reset(token)
@@ -265,7 +264,7 @@ def _rendered(source: str, chat: Any, names: Mapping[str, Any], continued: bool)
 
 
 def _marked(chat: Sequence[Any]) -> list[Any]:
-    """The conversation with a mark at the end of its last message, where the text is to end."""
+    """Append a marker to the last message of a conversation, where the rendered text is to end."""
     last = dict(chat[-1])
     content = last.get("content")
     if isinstance(content, str):
@@ -274,22 +273,22 @@ def _marked(chat: Sequence[Any]) -> list[Any]:
         blocks = [dict(block) if isinstance(block, Mapping) else block for block in content or []]
         texts = [block for block in blocks if isinstance(block, dict) and isinstance(block.get("text"), str)]
         if not texts:
-            raise ValueError("continue_final_message: the last message has no text to go on with")
+            raise ValueError("continue_final_message: the last message has no text to continue")
         texts[-1]["text"] += CONTINUED
         last["content"] = blocks
     return [*chat[:-1], last]
 
 
 def _ending(text: str) -> str:
-    """The text up to the mark; where the template has stripped the message, without the space before it too."""
+    """Cut the text at the marker and, if the template has stripped the message, strip its end."""
     at = text.rfind(CONTINUED.strip())
     if at < 0:
-        raise ValueError("continue_final_message: the chat template does not write the last message as it is")
+        raise ValueError("continue_final_message: the chat template drops or alters the last message")
     return text[:at] if text[at:].startswith(CONTINUED) else text[:at].rstrip()
 
 
 class Generation(Extension):
-    """The tag {% generation %} ... {% endgeneration %}, which marks what the assistant says."""
+    """The tag {% generation %} ... {% endgeneration %}, which marks the assistant's text."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 
@@ -306,7 +305,7 @@ class Generation(Extension):
 
 
 class Limited(ImmutableSandboxedEnvironment):
-    """The sandbox, with every round of a loop and every call counted, and no very large values."""
+    """The sandbox, with loop iterations and calls counted, and very large values refused."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
@@ -317,7 +316,7 @@ class Limited(ImmutableSandboxedEnvironment):
         elif operator == "**":
             if any(abs(size) > 1000 for size in sizes):
                 raise TemplateError("a power in it is too large")
-        elif operator == "*" and len(sizes) == 1:  # a text or a list, repeated
+        elif operator == "*" and len(sizes) == 1:  # repetition of a text or a list
             other = right if isinstance(left, int | float) else left
             check_product(other, range(max(0, int(sizes[0]))))
         elif operator == "*" and any(isinstance(size, int) and size.bit_length() > 1000 for size in sizes):
@@ -326,7 +325,7 @@ class Limited(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         _run.get().step()
-        method = getattr(function, "__wrapped__", function)  # of str.format, which the sandbox wraps
+        method = getattr(function, "__wrapped__", function)  # str.format, which the sandbox wraps
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str | bytes | int) and name in LENGTHENING:
             check_numbers(*args, *kwargs.values())
@@ -348,7 +347,7 @@ class Limited(ImmutableSandboxedEnvironment):
 
 
 class Lengths(NodeTransformer):
-    """Has the length of what `~` makes checked."""
+    """Insert a check of the length of every `~` concatenation."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -360,23 +359,23 @@ COUNT, LENGTH = "count a round", "check a length"  # filters that no template ca
 
 def check_numbers(*values: Any) -> None:
     if any(isinstance(value, int) and abs(value) > MAX_FACTOR for value in values):
-        raise TemplateError("a number it hands on is too large")
+        raise TemplateError("a number it passes to a function is too large")
 
 
 def check_length(value: Any) -> Any:
     if isinstance(value, str | list | tuple) and len(value) > MAX_TEXT:
-        raise TemplateError(f"it makes a value of more than {MAX_TEXT:,} characters")
+        raise TemplateError(f"it builds a value of more than {MAX_TEXT:,} characters")
     return value
 
 
 def check_product(one: Any, other: Any) -> None:
-    """Repeating or replacing makes up to the product of two lengths."""
+    """Bound the length of repetitions and replacements: at most the product of two lengths."""
     if hasattr(one, "__len__") and hasattr(other, "__len__") and len(one) * len(other) > MAX_TEXT:
-        raise TemplateError("it repeats a value too often")
+        raise TemplateError("it repeats a value too many times")
 
 
 def check_widths(form: Any) -> None:
-    """A form such as "%999999999d" asks for that many spaces, and "%*d" for as many as its argument says."""
+    """Refuse large widths in a %-format ("%999999999d") and widths given by an argument ("%*d")."""
     if isinstance(form, str | bytes):
         text = str(form).replace("%%", "")
         before = "[%)]" if "%(" in text else "%"
@@ -385,13 +384,13 @@ def check_widths(form: Any) -> None:
 
 
 def check_fields(form: str) -> None:
-    """The same in the way of str.format: "{:999999999}", and "{:{}}" for as many spaces as its argument says."""
+    """The same for str.format: "{:999999999}", and "{:{}}" with the width given by an argument."""
     if any(re.search(r"\d{7}|{", spec or "") for _, _, spec, _ in Formatter().parse(form)):
         raise TemplateError("a width in it is too large")
 
 
 def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is not called with very large numbers or products."""
+    """Wrap a filter so that it refuses very large numbers and products."""
     lengthening = function.__name__ not in ("do_format", "do_join", "do_replace")
 
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -404,7 +403,7 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
             check_widths(texts[0] if texts else None)
         return function(*args, **kwargs)
 
-    vars(checked).update(vars(function))  # what jinja2 is to pass along
+    vars(checked).update(vars(function))  # the markers of pass_context and the like
     return checked
 
 
@@ -416,7 +415,7 @@ def _count(context: Any, value: str) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> Limited:
-    """jinja2 as transformers sets it up for chat templates."""
+    """The jinja2 environment of transformers, with limits."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -430,7 +429,7 @@ def _environment() -> Limited:
         environment.filters[name] = _limited(environment.filters[name])
     environment.filters["tojson"] = tojson
     environment.filters |= {COUNT: _count, LENGTH: check_length}
-    environment.globals.pop("lipsum")  # writes as much as it is told to
+    environment.globals.pop("lipsum")  # generates as much text as it is asked for
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -1,4 +1,4 @@
-"""LlamaTokenizerFast: the tokenizer built on the library `tokenizers`."""
+"""LlamaTokenizerFast: the tokenizer built on the `tokenizers` library."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from .model_file import SentencePieceFile, is_ranks, read_model, read_ranks
 from .slow import framed
 from .special import NAMES, copy_of
 
-# In tokenizer_config.json: this tokenizer.json was built here from a .model, and SentencePiece's rules hold where the
-# library has none.
+# Key of tokenizer_config.json: this tokenizer.json was built here from a .model file, so SentencePiece's rules apply
+# where the library lacks them.
 BUILT = "built_from_sentencepiece"
-# What tokenizer_config.json says of tokens.
+# Keys of tokenizer_config.json that list tokens.
 LISTED = {
     *NAMES, "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
     "model_specific_special_tokens",
@@ -28,17 +28,17 @@ USUAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 class LlamaTokenizerFast(LlamaTokenizerBase):
-    """Byte-pair encoding by the library `tokenizers`.
+    """Byte-pair encoding with the `tokenizers` library.
 
-    A tokenizer.json is obeyed as it is written. What is built from a `.model` file gives what `LlamaTokenizer` gives.
+    A tokenizer.json is followed exactly. A tokenizer built from a `.model` file gives the results of `LlamaTokenizer`.
 
     Args:
-        vocab_file: a `.model` file, SentencePiece's or Llama 3's; or a tokenizer of the library.
-        tokenizer_file: a tokenizer.json; or, with a tokenizer of the library, the contents of tokenizer_config.json.
-        add_bos_token, add_eos_token: as for `LlamaTokenizer`. Without a word, a tokenizer.json has its way.
-        legacy, add_prefix_space: as for `LlamaTokenizer`; a tokenizer.json has settled them.
+        vocab_file: a `.model` file, SentencePiece's or Llama 3's; or a `tokenizers.Tokenizer`.
+        tokenizer_file: a tokenizer.json; or, with a `tokenizers.Tokenizer`, the contents of tokenizer_config.json.
+        add_bos_token, add_eos_token: as for `LlamaTokenizer`. By default, a tokenizer.json decides.
+        legacy, add_prefix_space: as for `LlamaTokenizer`; without effect on a tokenizer.json.
 
-    The others are those of `LlamaTokenizer`. `padding_side` is "left" if nothing else is said.
+    The other arguments are those of `LlamaTokenizer`. `padding_side` defaults to "left".
     """
 
     vocab_files_names: ClassVar = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
@@ -80,10 +80,10 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         elif vocab_file is not None and not isinstance(vocab_file, Tokenizer):
             self._build(read_model(vocab_file), str(vocab_file), settings)
         else:
-            raise ValueError("give vocab_file, a .model file, or tokenizer_file, a tokenizer.json")
+            raise ValueError("pass vocab_file, a .model file, or tokenizer_file, a tokenizer.json")
 
     def _take(self, library: Tokenizer, settings: Mapping[str, Any], model: bytes | None) -> None:
-        """Use a tokenizer of the library as it is."""
+        """Wrap a tokenizer of the library."""
         self._set_up(settings, "left")
         self._tokenizer = library
         library.no_truncation()
@@ -102,7 +102,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             self._forget()
 
     def _build(self, model: bytes, name: str, settings: Mapping[str, Any], llama_version: str | None = None) -> None:
-        """Make a tokenizer from a `.model` file."""
+        """Build a tokenizer from a `.model` file."""
         if is_ranks(model):
             special = building.LLAMA3_SPECIAL if llama_version == "3" else building.LLAMA31_SPECIAL
             library, defaults = building.from_ranks(read_ranks(model, name), special), LLAMA_3
@@ -138,13 +138,13 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
-        """The library's tokenizer."""
-        self._forget()  # who asks for it may change it
+        """The underlying `tokenizers.Tokenizer`."""
+        self._forget()  # the caller may change it
         return self._tokenizer
 
     @cached_property
     def _literal(self) -> Tokenizer:
-        """The library's tokenizer once more, for `split_special_tokens`: other threads are using the first."""
+        """A copy of the library's tokenizer for `split_special_tokens`: other threads may be using the original."""
         made = Tokenizer.from_str(self._tokenizer.to_str())
         made.encode_special_tokens = True
         return made
@@ -157,10 +157,10 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
                 raise ValueError(f"text must be a string, got {type(text).__name__}")
         library = self._literal if split_special_tokens else self._tokenizer
         try:
-            # Twice as fast as encode_batch, since it does not work out where each token comes from.
+            # Twice as fast as encode_batch, since it does not compute offsets.
             found = [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError as error:  # what the library says of surrogates
-            raise ValueError("the text is not valid Unicode: it holds bytes that are no UTF-8") from error
+        except TypeError as error:  # raised by the library for surrogates
+            raise ValueError("the text is not valid Unicode: it contains surrogates") from error
         except Exception as error:  # the library raises plain Exception where a tokenizer's parts do not fit together
             raise ValueError(f"{self.name_or_path}: the tokenizer cannot encode the text ({error})") from error
         if self._rules is not None:
@@ -171,7 +171,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         ]
 
     def _by_the_rules(self, text: str, ids: list[int]) -> list[int]:
-        """The space in front of a text that begins with an added token that is not special has no part to stand in."""
+        """Add the space that the library omits in front of a text that begins with a non-special added token."""
         if not text or not ids:
             return []
         assert self._rules is not None
@@ -196,7 +196,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return self._frames[pair]
 
     def _before_change(self, name: str) -> None:
-        """A text begins and ends with what bos_token and eos_token become, if it does so with what they are."""
+        """If texts begin or end with the current bos_token or eos_token, make them do so with the new one."""
         if name in ("bos_token", "eos_token") and self._flags is None:
             flags = {"bos": self.add_bos_token, "eos": self.add_eos_token}
             if flags[name[:3]]:
@@ -212,12 +212,12 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return [getattr(self, f"{name}_token_id") for name, wanted in self._flags.items() if wanted]
 
     def update_post_processor(self) -> None:
-        """Put the current bos_token and eos_token around texts, as `add_bos_token` and `add_eos_token` say.
+        """Add the current bos_token and eos_token around texts, as `add_bos_token` and `add_eos_token` say.
 
-        Setting any of these does it too.
+        Setting any of these does so too.
 
         Raises:
-            ValueError: one is to be put there and is None.
+            ValueError: a token that is to be added is None.
         """
         if self._flags is None:
             self._flags = {"bos": self.add_bos_token, "eos": self.add_eos_token}
@@ -225,7 +225,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         self._write_post_processor()
 
     def _write_post_processor(self) -> None:
-        """Tell the library of it, for tokenizer.json; what else the library does afterwards stays."""
+        """Update the library's post-processor, for tokenizer.json, keeping its ByteLevel steps."""
         alone, both = framed(self, pair=False), framed(self, pair=True)
         named = {number: self._name(number) for marks in (alone.marks[0], alone.marks[2]) for number, _ in marks}
         piece = lambda marks: [f"{named[number]}:{type_}" for number, type_ in marks]  # noqa: E731
@@ -268,7 +268,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     @property
     def add_prefix_space(self) -> bool:
-        """Whether a space is put in front of the text."""
+        """Whether a space is added in front of the text."""
         return self._rules is None or self._rules["add_prefix_space"]
 
     # Ids to text
@@ -286,7 +286,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return pieces.join(tokens, added, apart, self._rules["add_prefix_space"], self._rules["legacy"])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text that tokens make together."""
+        """Join tokens into text."""
         if self._rules is not None:
             return self._join_tokens(tokens, self.spaces_between_special_tokens)
         decoder = self._tokenizer.decoder
@@ -298,7 +298,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     @property
     def _judges_runs_of_bytes(self) -> bool:
-        """Whether one bad byte makes all those beside it U+FFFD: how the library decodes SentencePiece's bytes."""
+        """Whether one invalid byte turns its whole run into U+FFFD, as the library's ByteFallback decoder does."""
         return self._rules is None and "ByteFallback" in str(self._tokenizer.decoder)
 
     # The vocabulary
@@ -316,7 +316,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         known = {token.content for token in self._flagged().values()}
         tokens = tuple(token for token in tokens if token.content not in known)
         if self._rules is not None:
-            # SentencePiece does not normalize; in the library's way, a normalized token would take the space in front
+            # SentencePiece does not normalize; in the library, a normalized token would absorb the space in front
             tokens = tuple(copy_of(token, normalized=False) for token in tokens)
         self._tokenizer.add_tokens(list(tokens))
         self._forget()
@@ -334,14 +334,14 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
     # Files
 
     def contents(self) -> tuple[Tokenizer, dict[str, Any]]:
-        """The library's tokenizer, and what tokenizer_config.json says: what the constructor takes too."""
+        """The library's tokenizer and the contents of tokenizer_config.json, which the constructor accepts."""
         return self._tokenizer, self._settings()
 
     def _settings(self) -> dict[str, Any]:
         said = super()._settings()
-        # Under this name transformers 4 and 5 obey tokenizer.json; under Llama's, 5 puts its own rules in its place.
+        # With this name, transformers 4 and 5 follow tokenizer.json; with Llama's, 5 substitutes its own rules.
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
-        said |= {name: getattr(self, name) for name in ("model_input_names", "padding_side")}  # which differ there
+        said |= {name: getattr(self, name) for name in ("model_input_names", "padding_side")}  # other defaults there
         if self._rules is not None:
             said |= {"legacy": self.legacy, "add_prefix_space": self.add_prefix_space, BUILT: self._rules}
         elif self.init_kwargs.get("tokenizer_class"):
@@ -363,7 +363,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return [path]
 
     def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:
-        """Write the `.model` file that this was built from into a folder; gives its path."""
+        """Write the `.model` file that this was built from to a folder and return its path."""
         if self._model is None:
             raise ValueError(
                 "Your fast tokenizer does not have the necessary information to save the vocabulary for a slow "
@@ -378,18 +378,18 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """The tokenizer of a model, as `load_tokenizer` finds it.
+        """Load the tokenizer of a model, found as by `load_tokenizer`.
 
         Args:
-            from_slow: build it from the tokenizer.model even where there is a tokenizer.json.
-            llama_version: of a Llama 3's tokenizer.model, in which the special tokens are not: "3" gives them the names
-                of Llama 3, all else those of Llama 3.1 and later. By default as a params.json beside it says.
-            kwargs: arguments of the constructor, instead of what tokenizer_config.json says, and those for the Hub.
+            from_slow: build it from the tokenizer.model even if there is a tokenizer.json.
+            llama_version: for the tokenizer.model of a Llama 3, which lacks the special tokens: "3" names them as in
+                Llama 3, anything else as in Llama 3.1 and later. Default: as the params.json next to it says.
+            kwargs: constructor arguments, which override tokenizer_config.json, and those for the Hub.
 
         Raises:
-            ValueError, OSError: there is none, or it is damaged; the message names the file.
+            ValueError, OSError: there is no tokenizer, or it is damaged; the message names the file.
         """
-        from ..checkpoints.gguf import GGUFFile  # which builds its tokenizers here
+        from ..checkpoints.gguf import GGUFFile  # here because of a circular import
 
         path = loading.found(pretrained_model_name_or_path, kwargs)
         options = cls._meant(kwargs, ("from_slow", "llama_version"))
@@ -406,7 +406,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             made._take(library, with_known_names(library, settings | options), kept)
         elif path.is_dir() and not model.exists():
             wanted = model if rebuild else file
-            raise FileNotFoundError(f"{wanted} does not exist, nor a tokenizer.model: a tokenizer is read from there")
+            raise FileNotFoundError(f"{wanted} does not exist; a tokenizer needs a tokenizer.json or a tokenizer.model")
         else:
             version = loading.llama_version(model.parent) if version is None else version
             made._build(read_model(model), str(model), USUAL | settings | options, version)
@@ -427,7 +427,7 @@ LLAMA_3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 
 
 class LaterPlaces:
-    """Where the pieces of a text come from, worked out when it is asked for."""
+    """Lazily computed `Places` of a text."""
 
     __slots__ = ("_found", "_ids", "_split", "_text", "_tokenizer")
 
@@ -442,16 +442,16 @@ class LaterPlaces:
         return self._found
 
     def __reduce__(self) -> Any:
-        """A copy is what was found: the tokenizer does not go along."""
+        """Pickle as plain `Places`, without the tokenizer."""
         return Places, tuple(self._places)
 
     def _find(self) -> Places:
         library = self._tokenizer._literal if self._split else self._tokenizer._tokenizer
         encoding = library.encode(self._text, add_special_tokens=False)
-        unseen = len(self._ids) - len(encoding.ids)  # a space in front that no character stands for
+        unseen = len(self._ids) - len(encoding.ids)  # a leading space that no character stands for
         if self._ids[max(0, unseen) :] != encoding.ids[max(0, -unseen) :]:
             raise ValueError("the tokenizer has been changed since it encoded this text; encode it again")
-        if unseen < 0:  # an empty text, of which the library makes a space
+        if unseen < 0:  # an empty text, which the library turns into a space
             return Places([], [])
         words: list[int | None] = [None] * unseen
         return Places([(0, 0)] * unseen + encoding.offsets, words + encoding.word_ids)
@@ -466,13 +466,13 @@ class LaterPlaces:
 
 
 def with_known_names(library: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, and Llama's usual special tokens where a tokenizer.json has them and nothing is said of them."""
+    """The settings, with Llama's usual special tokens as defaults where a tokenizer.json has them."""
     added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     return {name: token for name, token in USUAL.items() if token in added} | dict(settings)
 
 
 def _written_frame(library: Tokenizer, pair: bool) -> Frame:
-    """What a tokenizer.json puts around a text: seen by what it puts around a short one."""
+    """The special tokens that a tokenizer.json adds around a text, found by encoding a short one."""
     names = (library.id_to_token(number) for number in range(min(50, library.get_vocab_size())))
     samples = (library.encode(text, add_special_tokens=False) for text in ["a", " ", *filter(None, names)])
     sample = next((encoding for encoding in samples if encoding.ids), None)
@@ -488,7 +488,7 @@ def _written_frame(library: Tokenizer, pair: bool) -> Frame:
 
 
 def _byte_level(library: Tokenizer) -> list[dict[str, Any]]:
-    """The arguments of the ByteLevel steps after encoding, which a new template leaves in place."""
+    """The arguments of the ByteLevel post-processors, which a new template leaves in place."""
     if library.post_processor is None:
         return []
     state = json.loads(library.post_processor.__getstate__())
@@ -498,9 +498,9 @@ def _byte_level(library: Tokenizer) -> list[dict[str, Any]]:
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """The library's tokenizer in a file."""
+    """Load a tokenizer.json with the library."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: the tokenizer is read from there")
+        raise FileNotFoundError(f"{path} does not exist; it should be a tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

@@ -1,4 +1,4 @@
-"""Loading tokenizers from folders, files and aliases, with what their settings say about added tokens."""
+"""Load tokenizers from folders, files and aliases, and register the tokens that their settings add."""
 
 import os
 from collections.abc import Mapping
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from .slow import LlamaTokenizer
 
 
-# The classes whose tokenizers are filled up on the left; a folder that names no class is taken for one of Llama's.
+# Tokenizer classes that pad on the left; a folder that names no class counts as Llama's.
 LEFT = (None, "LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def load_tokenizer(
     where: str | os.PathLike[str], *, use_fast: bool = True, **kwargs: Any
 ) -> "LlamaTokenizerFast | LlamaTokenizer":
-    """The tokenizer at `where`: a folder with tokenizer.json or tokenizer.model, one of these files, a `.gguf` file, a
-    Hugging Face id, of which the tokenizer's files alone are downloaded, or the alias "smollm2".
+    """Load the tokenizer at `where`: a folder with a tokenizer.json or tokenizer.model, one of these files, a `.gguf`
+    file, a Hugging Face id (only the tokenizer's files are downloaded), or the alias "smollm2".
 
-    Where nothing is said of `padding_side`, it is transformers': "left" for Llama's tokenizer classes, "right" for all
-    others that tokenizer_config.json names.
+    Unless set, `padding_side` is that of transformers: "left" for Llama's tokenizer classes, "right" for all others
+    that tokenizer_config.json names.
 
     Args:
-        use_fast: False gives `LlamaTokenizer`, which needs a tokenizer.model of SentencePiece's.
-        kwargs: the tokenizer's options, instead of what its files say; and for the Hub `revision`, `token`,
-            `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `gguf_file`.
+        use_fast: False returns `LlamaTokenizer`, which needs a SentencePiece tokenizer.model.
+        kwargs: tokenizer options, which override those in its files; and for the Hub `revision`, `token`, `cache_dir`,
+            `local_files_only`, `force_download`, `subfolder`, `gguf_file`.
 
     Raises:
-        ValueError, OSError: there is none, or it is damaged; the message names the file.
+        ValueError, OSError: there is no tokenizer, or it is damaged; the message names the file.
     """
     from .fast import LlamaTokenizerFast
     from .slow import LlamaTokenizer
@@ -47,27 +47,27 @@ def load_tokenizer(
 
 
 class AutoTokenizer:
-    """transformers' class of this name: `from_pretrained` is `load_tokenizer`."""
+    """Counterpart of transformers' AutoTokenizer: `from_pretrained` is `load_tokenizer`."""
 
     def __init__(self) -> None:
-        raise ValueError("AutoTokenizer has no instances; use AutoTokenizer.from_pretrained")
+        raise ValueError("AutoTokenizer cannot be instantiated; use AutoTokenizer.from_pretrained")
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *, use_fast: bool = True, **kwargs: Any
     ) -> "LlamaTokenizerFast | LlamaTokenizer":
-        """`load_tokenizer`."""
+        """Same as `load_tokenizer`."""
         return load_tokenizer(pretrained_model_name_or_path, use_fast=use_fast, **kwargs)
 
 
 def found(where: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
-    """The folder or file of a tokenizer, fetched if need be; what `kwargs` say of the Hub is taken out of them.
+    """Return the folder or file of a tokenizer, downloading it if needed, and remove the Hub options from `kwargs`.
 
-    LLaMA 1 came as a folder for each size, and the tokenizer.model above them: for such a folder it is that file.
+    LLaMA 1 came as one folder per size, with the tokenizer.model in their parent: such a folder resolves to that file.
     """
-    from ..checkpoints.where import find, hub_options  # which read tokenizers in their turn
+    from ..checkpoints.where import find, hub_options  # here because of a circular import
 
-    if (token := kwargs.pop("use_auth_token", None)) is not None:  # what `token` was called
+    if (token := kwargs.pop("use_auth_token", None)) is not None:  # the former name of `token`
         kwargs.setdefault("token", token)
     path = find(where, wanted="tokenizer", **hub_options(kwargs))
     above = path.absolute().parent / "tokenizer.model"
@@ -76,7 +76,7 @@ def found(where: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
 
 
 def llama_version(folder: Path) -> str | None:
-    """ "3" where params.json says so: a tokenizer.model is the same in Llama 3 and 3.1."""
+    """Return "3" if params.json says so: the tokenizer.model of Llama 3 and 3.1 is the same."""
     from ..checkpoints.huggingface import read_json
 
     path = folder / "params.json"
@@ -84,14 +84,14 @@ def llama_version(folder: Path) -> str | None:
 
 
 def folder_settings(folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer say of it: tokenizer_config.json, special_tokens_map.json, templates."""
+    """Read a folder's tokenizer settings: tokenizer_config.json and its older companions, and chat templates."""
     from ..checkpoints.huggingface import read_json
 
     path = folder / "tokenizer_config.json"
     said = read_json(path) if path.exists() else {}
     check_ids(said.get("added_tokens_decoder") or {}, path)
     path = folder / "special_tokens_map.json"
-    if path.exists():  # older than tokenizer_config.json's own entries, which win
+    if path.exists():  # an older format: the entries of tokenizer_config.json take precedence
         named = read_json(path)
         said = {n: v for n, v in named.items() if n in (*NAMES, "additional_special_tokens")} | said
     path = folder / "added_tokens.json"
@@ -109,11 +109,10 @@ def folder_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_ids(listed: Any, path: Path | None = None) -> None:
-    """Raise a ValueError, which names the file, where `listed` is no mapping from ids."""
+    """Raise a ValueError that names the file unless `listed` is a mapping from ids."""
     if not isinstance(listed, Mapping) or not all(str(number).isdecimal() for number in listed):
         raise ValueError(
-            f"{f'{path}: ' if path else ''}added tokens must be listed by their ids, which are whole numbers; got "
-            f"{listed!r}"
+            f"{f'{path}: ' if path else ''}added tokens must be a mapping from ids, which are integers; got {listed!r}"
         )
 
 
@@ -121,15 +120,15 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}); fetch it anew") from error
+        raise ValueError(f"{path} is not valid UTF-8 ({error}); download it again") from error
 
 
 def register(tokenizer: "LlamaTokenizerBase", settings: Mapping[str, Any], obeyed: bool = False) -> None:
-    """Add the tokens that `settings` list, those with their ids first, and give the special ones their names.
+    """Add the tokens listed in `settings`, those with ids first, and assign the named special tokens.
 
     Args:
-        obeyed: the tokenizer comes from a tokenizer.json, which is right about the tokens that it has. Otherwise the
-            ids must be those listed, and special tokens without a name become additional ones.
+        obeyed: the tokenizer comes from a tokenizer.json, which takes precedence for the tokens that it has. Otherwise
+            the ids must be those listed, and special tokens without a name become additional ones.
     """
     listed = settings.get("added_tokens_decoder") or {}
     check_ids(listed)
@@ -165,7 +164,7 @@ def register(tokenizer: "LlamaTokenizerBase", settings: Mapping[str, Any], obeye
 
 
 def _further(settings: Mapping[str, Any]) -> list[Any]:
-    """The additional special tokens, which transformers 5 calls extra ones; where both are listed, both count."""
+    """The additional special tokens, called extra in transformers 5; if both are listed, both count."""
     found: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         value = settings.get(name) or []
@@ -178,13 +177,13 @@ def _further(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def _names_of_its_own(tokenizer: "LlamaTokenizerBase", settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens that only this model has: `extra_special_tokens={"image_token": ...}` of transformers 5."""
+    """Model-specific named special tokens: `extra_special_tokens={"image_token": ...}` of transformers 5."""
     found: dict[str, str] = {}
     for setting in ("extra_special_tokens", "model_specific_special_tokens"):
         said = settings.get(setting)
         for name, value in said.items() if isinstance(said, Mapping) else ():
             if not isinstance(name, str) or not name.isidentifier() or hasattr(tokenizer, name):
-                raise ValueError(f"{setting}: {name!r} cannot be the name of a token here; choose another")
+                raise ValueError(f"{setting}: {name!r} cannot be used as the name of a token; choose another")
             found[name] = as_token(value, f"{setting}: {name}").content
     return found
 

@@ -1,7 +1,7 @@
-"""Tokenizer files as they were published: SentencePiece's `.model`, and the list of ranks that Llama 3 gives that name.
+"""Original tokenizer files: SentencePiece's `.model`, and the list of ranks that Llama 3 ships under the same name.
 
-A `.model` is one protobuf message. Its few fields that matter are read here: the library `sentencepiece` encodes with
-such a file, but gives out neither the types of the pieces nor how the text is normalized.
+A `.model` is one protobuf message. The few fields that matter are parsed here: the `sentencepiece` library encodes with
+such a file, but exposes neither the types of the pieces nor how text is normalized.
 """
 
 import base64
@@ -12,32 +12,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the types of pieces
-BPE = 2  # the type of model, of four
-# What is appended to a message changes it: normalizer_spec.add_dummy_prefix said once more, and the last word counts.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types
+BPE = 2  # one of four model types
+# Appended to a message, overrides normalizer_spec.add_dummy_prefix: in protobuf, the last value wins.
 DUMMY_PREFIX = {False: b"\x1a\x02\x18\x00", True: b"\x1a\x02\x18\x01"}
 
 
 @dataclass
 class SentencePieceFile:
-    """What a `.model` file says. Without a word, protobuf's defaults hold."""
+    """The contents of a `.model` file. Absent fields have protobuf's defaults."""
 
     data: bytes
     pieces: list[str]
     scores: list[float]
     types: list[int]
     model_type: int = 1
-    normalized: bool = False  # whether characters are replaced by others, as in NFKC
+    normalized: bool = False  # whether characters are normalized, as with NFKC
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
     escape_whitespaces: bool = True
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> "SentencePieceFile":
-        """Read the bytes of the file called `name`.
+        """Parse the bytes of the file `name`.
 
         Raises:
-            ValueError: they are cut short, damaged, or another kind of file.
+            ValueError: the file is truncated, damaged or of another kind.
         """
         file = cls(data, [], [], [])
         try:
@@ -53,15 +53,15 @@ class SentencePieceFile:
                     file.remove_extra_whitespaces = bool(said.get(4, 1))
                     file.escape_whitespaces = bool(said.get(5, 1))
         except (ValueError, struct.error, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{name} is damaged or no SentencePiece model ({error}); fetch it anew") from error
+            raise ValueError(f"{name} is damaged or not a SentencePiece model ({error}); download it again") from error
         if not file.pieces:
-            raise ValueError(f"{name} is no SentencePiece model: it holds no pieces")
+            raise ValueError(f"{name} is not a SentencePiece model: it contains no pieces")
         if len(set(file.pieces)) < len(file.pieces):
-            raise ValueError(f"{name} is damaged: it holds a piece twice; fetch it anew")
+            raise ValueError(f"{name} is damaged: it contains a piece twice; download it again")
         return file
 
     def _add_piece(self, message: bytes) -> None:
-        # Nearly all pieces are written so: text, score, no type. The general way takes three times as long.
+        # Fast path for the usual layout of a piece: text, score, no type. The general one takes three times as long.
         length = message[1]
         if message[0] == 0x0A and length < 128 and len(message) == length + 7 and message[length + 2] == 0x15:
             self.pieces.append(message[2 : length + 2].decode())
@@ -74,30 +74,30 @@ class SentencePieceFile:
         self.types.append(int(said.get(3, NORMAL)))
 
     def with_dummy_prefix(self, prefix: bool) -> bytes:
-        """The file's bytes, changed to put a space before every text, or not to."""
+        """The file's bytes, with the space before every text turned on or off."""
         return self.data + DUMMY_PREFIX[prefix]
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The number and the value of each field of a protobuf message; numbers of fixed size as their bytes."""
+    """Yield the number and value of each field of a protobuf message; fixed-size numbers as raw bytes."""
     at, end = 0, len(message)
     while at < end:
         tag = shift = 0
         while True:
             byte = message[at] if at < end else -1
             if byte < 0 or shift > 63:
-                raise ValueError("it is cut short" if byte < 0 else "a number in it does not end")
+                raise ValueError("it is truncated" if byte < 0 else "a varint is too long")
             tag |= (byte & 127) << shift
             at, shift = at + 1, shift + 7
             if byte < 128:
                 break
         kind = tag & 7
-        if kind in (0, 2):  # a number, or the length of what follows
+        if kind in (0, 2):  # an integer, or the length of what follows
             value = shift = 0
             while True:
                 byte = message[at] if at < end else -1
                 if byte < 0 or shift > 63:
-                    raise ValueError("it is cut short" if byte < 0 else "a number in it does not end")
+                    raise ValueError("it is truncated" if byte < 0 else "a varint is too long")
                 value |= (byte & 127) << shift
                 at, shift = at + 1, shift + 7
                 if byte < 128:
@@ -109,18 +109,18 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
-            raise ValueError(f"a field of the unknown kind {kind}")
+            raise ValueError(f"unknown wire type {kind}")
         if size > end - at:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         yield tag >> 3, message[at : at + size]
         at += size
 
 
 def read_ranks(data: bytes, name: str) -> list[bytes]:
-    """The tokens of tiktoken's format in the order of their ranks: lines of a token in base64, a space, its rank.
+    """Read the tokens of a file in tiktoken's format, in order of rank. Each line is a token in base64 and its rank.
 
     Raises:
-        ValueError: a line says something else, or a rank is missing.
+        ValueError: a line is malformed, a rank is missing, or a token occurs twice.
     """
     tokens: dict[int, bytes] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -128,32 +128,32 @@ def read_ranks(data: bytes, name: str) -> list[bytes]:
             token, rank = line.split()
             tokens[int(rank)] = base64.b64decode(token, validate=True)
         except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{name} is damaged: line {number} is not a token in base64 and its rank") from error
+            raise ValueError(f"{name} is damaged: line {number} is not a base64 token and its rank") from error
     if not tokens or sorted(tokens) != list(range(len(tokens))) or len(set(tokens.values())) < len(tokens):
-        raise ValueError(f"{name} is damaged: the ranks do not run from 0 to {len(tokens) - 1}, one for each token")
+        raise ValueError(f"{name} is damaged: the ranks do not run from 0 to {len(tokens) - 1}, one per token")
     return [tokens[rank] for rank in range(len(tokens))]
 
 
 def is_ranks(data: bytes) -> bool:
-    """Whether this is tiktoken's format and not SentencePiece's."""
+    """Whether this is tiktoken's format rather than SentencePiece's."""
     first = data[:200].split(b"\n", 1)[0].split()
     return len(first) == 2 and first[1].isdigit()
 
 
 def read_model(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a tokenizer file.
+    """Read a tokenizer file.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is a folder or empty.
+        FileNotFoundError, ValueError: it does not exist; it is a folder, empty or a GGUF file.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the tokenizer.model in it, or use from_pretrained")
+        raise ValueError(f"{path} is a folder; pass the tokenizer.model in it, or use from_pretrained")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; it should be the tokenizer's .model file")
     data = path.read_bytes()
     if not data:
-        raise ValueError(f"{path} is empty; fetch it anew")
+        raise ValueError(f"{path} is empty; download it again")
     if data.startswith(b"GGUF"):
         raise ValueError(f"{path} is a GGUF file, not a tokenizer.model; LlamaTokenizerFast.from_pretrained reads it")
     return data

@@ -1,11 +1,11 @@
-"""The options of encoding, checked."""
+"""Encoding options and their validation."""
 
 import logging
 from dataclasses import dataclass
 from operator import index
 from typing import Any
 
-LARGE = 10**20  # a `model_max_length` above this means that there is none
+LARGE = 10**20  # a `model_max_length` above this means no limit
 VERY_LARGE = 10**30
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
@@ -14,43 +14,43 @@ logger = logging.getLogger(__name__)
 
 
 def one_of(name: str, value: Any, legal: tuple[str, ...]) -> str:
-    value = getattr(value, "value", value)  # transformers' own enumerations
+    value = getattr(value, "value", value)  # transformers' enums
     if value not in legal:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, True or False, got {value!r}")
     return value
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """`value`, an int or a NumPy integer, as an int.
+    """Convert `value`, an int or a NumPy integer, to an int.
 
     Raises:
-        ValueError: it is none, or below `least`.
+        ValueError: it is not an integer, or below `least`.
     """
     try:
         number = -1 if isinstance(value, bool) else index(value)
     except TypeError:
         number = -1
     if number < least:
-        raise ValueError(f"{name} must be a whole number of tokens, at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return number
 
 
 @dataclass(kw_only=True)
 class Options:
-    """The arguments of `__call__` that say how, under transformers' names.
+    """The encoding options of `__call__`, named as in transformers.
 
     Args:
-        add_special_tokens: put the tokens around a text that the model expects there.
-        padding: True or "longest" fills shorter texts up; "max_length" all to `max_length`.
-        truncation: True or "longest_first" shortens what is longer than `max_length`, of a pair the longer one;
-            "only_first" and "only_second" always the same one.
-        max_length: in tokens, with special ones. Default: `model_max_length`.
-        stride: how many tokens the parts of a text share that `return_overflowing_tokens` gives.
-        is_split_into_words: texts are lists of words, each encoded by itself.
-        pad_to_multiple_of: fill up to a multiple of this length.
-        padding_side: "left" or "right", instead of the tokenizer's.
-        return_tensors: "np" or "pt"; None gives lists.
-        split_special_tokens: whether special tokens written in the text are text like any other.
+        add_special_tokens: add the special tokens that the model expects around a text.
+        padding: True or "longest" pads to the longest text, "max_length" to `max_length`.
+        truncation: True or "longest_first" truncates to `max_length`, in a pair the longer text first; "only_first" and
+            "only_second" truncate only that text of a pair.
+        max_length: in tokens, special tokens included. Default: `model_max_length`.
+        stride: overlap, in tokens, of the parts of a text that `return_overflowing_tokens` returns.
+        is_split_into_words: texts are lists of words, each encoded separately.
+        pad_to_multiple_of: pad to a multiple of this length.
+        padding_side: "left" or "right". Default: the tokenizer's.
+        return_tensors: "np" or "pt"; None returns lists.
+        split_special_tokens: encode special tokens that occur in the text as ordinary text.
     """
 
     add_special_tokens: bool = True
@@ -72,14 +72,14 @@ class Options:
     split_special_tokens: bool | None = None
 
     def resolve(self, tokenizer: Any) -> "Options":
-        """Put the values in force in place of defaults and shorthands."""
+        """Validate the options, and replace defaults and shorthands with their effective values."""
         given = self.max_length is not None
         if given:
             self.max_length = whole("max_length", self.max_length, 0)
         if self.stride != 0:
             self.stride = whole("stride", self.stride, 0)
         if self.truncation is None:
-            # as transformers has it: a length alone cuts, and one for padding does not
+            # as in transformers: max_length truncates by itself, but not when it is there for padding
             self.truncation = given and self.padding is False
         said = {True: "longest_first", False: "do_not_truncate"}
         self.truncation = one_of("truncation", said.get(self.truncation, self.truncation), TRUNCATIONS)
@@ -89,7 +89,7 @@ class Options:
             self._take_models(tokenizer)
         if self.padding != "do_not_pad" and tokenizer.pad_token_id is None:
             raise ValueError(
-                "Asking to pad but the tokenizer does not have a padding token. Set `pad_token`, to `eos_token` say, "
+                "Asking to pad but the tokenizer does not have a padding token. Set `pad_token`, e.g. to `eos_token`, "
                 "or add one with tokenizer.add_special_tokens({'pad_token': '<pad>'})"
             )
         if self.padding_side is None:
@@ -113,7 +113,7 @@ class Options:
 
     @property
     def is_plain(self) -> bool:
-        """Whether only ids and attention masks are asked for, and nothing is to be cut or filled up."""
+        """Whether only ids and attention masks are requested, without truncation or padding."""
         more = (
             self.return_overflowing_tokens, self.return_special_tokens_mask, self.return_offsets_mapping,
             self.return_length, self.return_token_type_ids,
@@ -121,13 +121,13 @@ class Options:
         return self.padding == "do_not_pad" and self.truncation == "do_not_truncate" and not any(more)
 
     def _take_models(self, tokenizer: Any) -> None:
-        """The model's length as `max_length`; where it has none, nothing is cut or filled up."""
+        """Use `model_max_length` as `max_length`; if there is none, do not truncate or pad to it."""
         if tokenizer.model_max_length <= LARGE:
             self.max_length = tokenizer.model_max_length
             return
         for name, none in (("padding", "do_not_pad"), ("truncation", "do_not_truncate")):
             if getattr(self, name) not in (none, "longest"):
-                logger.warning("%s does nothing: neither max_length nor model_max_length is set", name)
+                logger.warning("%s has no effect: neither max_length nor model_max_length is set", name)
                 setattr(self, name, none)
 
 

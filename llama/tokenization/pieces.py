@@ -1,4 +1,4 @@
-"""SentencePiece's pieces as text, the way its own library joins them."""
+"""Join SentencePiece pieces into text, as the SentencePiece library does."""
 
 import codecs
 import re
@@ -17,16 +17,16 @@ def join(
     prefix: bool,
     everywhere: bool,
 ) -> str:
-    """The text that became `tokens`.
+    """Join `tokens` into text.
 
-    Encoding has put a space before the text, or before each part between added tokens; it is taken out again, and no
-    other space is. Bytes that make no character become U+FFFD, each by itself.
+    The space that encoding put before the text, or before each part between added tokens, is removed; all other spaces
+    stay. Every byte of invalid UTF-8 becomes U+FFFD.
 
     Args:
-        added: tokens that stand for themselves, as they are written.
-        apart: those of them that get a space on both sides.
-        prefix: whether encoding puts a space before the text,
-        everywhere: and after each added token.
+        added: the added tokens, which are written as they are.
+        apart: the added tokens that get a space on both sides.
+        prefix: whether encoding puts a space before the text.
+        everywhere: whether encoding also puts one after each added token.
     """
     parts: list[str] = []
     text, run = "", []
@@ -47,7 +47,7 @@ def join(
 
 
 def plain(pieces: list[str], strip: bool) -> str:
-    """The text of pieces that encoding made from one part of a text, less the space before it if `strip`."""
+    """Join the pieces of one part of a text, without its leading space if `strip`."""
     joined = "".join(pieces)
     if "<0x" in joined:
         joined = "".join(_with_bytes(pieces))

@@ -1,4 +1,4 @@
-"""LlamaTokenizer: the tokenizer built on the library `sentencepiece`."""
+"""LlamaTokenizer: the tokenizer built on the `sentencepiece` library."""
 
 import os
 import re
@@ -20,7 +20,7 @@ SP_OPTIONS = {"enable_sampling", "nbest_size", "alpha", "num_threads", "reverse"
 
 
 def framed(tokenizer: Any, pair: bool) -> Frame:
-    """[bos] A [eos], and for a pair [bos] B [eos] after it; each token only if its flag says so."""
+    """[bos] A [eos], followed for a pair by [bos] B [eos]; each token only if its flag is set."""
     bos = tokenizer.bos_token_id if tokenizer.add_bos_token else -1
     eos = tokenizer.eos_token_id if tokenizer.add_eos_token else -1
     for name, number in (("bos", bos), ("eos", eos)):
@@ -31,7 +31,7 @@ def framed(tokenizer: Any, pair: bool) -> Frame:
 
 @lru_cache(maxsize=64)
 def _frame_of(bos: int, eos: int, pair: bool) -> Frame:
-    """A frame of ids, of which -1 stands for none."""
+    """Build a frame from ids, where -1 means none."""
 
     def mark(number: int, type_: int) -> list[tuple[int, int]]:
         return [(number, type_)] if number >= 0 else []
@@ -42,21 +42,21 @@ def _frame_of(bos: int, eos: int, pair: bool) -> Frame:
 
 
 class LlamaTokenizer(LlamaTokenizerBase):
-    """Byte-pair encoding by SentencePiece. `LlamaTokenizerFast` gives the same ids sooner.
+    """Tokenization with SentencePiece. `LlamaTokenizerFast` gives the same ids faster.
 
     Args:
         vocab_file: the `.model` file.
-        sp_model_kwargs: for SentencePieceProcessor: `enable_sampling`, `nbest_size`, `alpha`.
+        sp_model_kwargs: arguments of SentencePieceProcessor: `enable_sampling`, `nbest_size`, `alpha`, ...
         add_bos_token: begin every text with `bos_token`.
         add_eos_token: end every text with `eos_token`.
-        use_default_system_prompt: let conversations begin with Meta's system prompt.
-        spaces_between_special_tokens: what decoding puts around added tokens.
+        use_default_system_prompt: begin conversations with Meta's system prompt.
+        spaces_between_special_tokens: whether decoding puts spaces around added tokens.
         legacy: True, the default, encodes each part between special tokens as if a text began there: with a space in
             front of it. False puts one in front of the whole text only, unless that begins with a special token.
-        add_prefix_space: False puts none anywhere.
+        add_prefix_space: False adds no space anywhere.
 
-    Further: `chat_template`, `padding_side` ("right"), `truncation_side`, `model_max_length`,
-    `additional_special_tokens`, `split_special_tokens` and other special tokens.
+    Also accepted: `chat_template`, `padding_side` (default "right"), `truncation_side`, `model_max_length`,
+    `additional_special_tokens`, `split_special_tokens` and the other special tokens.
     """
 
     is_fast = False
@@ -93,14 +93,14 @@ class LlamaTokenizer(LlamaTokenizerBase):
     def _build(self, data: bytes, name: str, settings: Mapping[str, Any]) -> None:
         self._set_up(settings, "right")
         if is_ranks(data):
-            raise ValueError(f"{name} is Llama 3's kind of tokenizer, not SentencePiece's; use LlamaTokenizerFast")
+            raise ValueError(f"{name} is a Llama 3 tokenizer, not a SentencePiece model; use LlamaTokenizerFast")
         self.vocab_file = name
         self._file = SentencePieceFile.parse(data, name)
         self.sp_model_kwargs = dict(settings.get("sp_model_kwargs") or {})
         if unknown := self.sp_model_kwargs.keys() - SP_OPTIONS:
             legal = ", ".join(sorted(SP_OPTIONS))
             raise ValueError(
-                f"sp_model_kwargs: {min(unknown)!r} is no option of SentencePieceProcessor; legal: {legal}"
+                f"sp_model_kwargs: {min(unknown)!r} is not an option of SentencePieceProcessor; legal: {legal}"
             )
         said = settings.get("legacy")
         self.legacy = True if said is None else bool(said)
@@ -114,7 +114,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         loading.register(self, settings)
 
     def _load_models(self) -> None:
-        """The processor; and both that encode, with and without a space in front."""
+        """Load the processors that encode with and without a space in front; `sp_model` is one of them."""
         as_written = self.legacy and self._file.add_dummy_prefix
 
         def load(prefix: bool) -> Any:
@@ -122,7 +122,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
                 data = self._file.with_dummy_prefix(prefix)
                 return sentencepiece.SentencePieceProcessor(model_proto=data, **self.sp_model_kwargs)
             except (RuntimeError, TypeError, ValueError, OSError) as error:
-                raise ValueError(f"{self.vocab_file} is damaged or no SentencePiece model ({error})") from error
+                raise ValueError(f"{self.vocab_file} is damaged or not a SentencePiece model ({error})") from error
 
         self._plain = load(False)
         self._prefixed = load(True) if self._prefixes else self._plain
@@ -131,7 +131,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     @property
     def _prefixes(self) -> bool:
-        """Whether encoding puts a space in front of anything. An old model may say that it does not."""
+        """Whether encoding adds a space in front of anything. With `legacy`, the model file may turn it off."""
         return self.add_prefix_space and (self._file.add_dummy_prefix or not self.legacy)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,15 +145,15 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     def _encode_texts(self, texts: list[str], split_special_tokens: bool) -> list[Pieces]:
         search = self._splitter().search
-        whole = [not search(text) for text in texts]  # most texts: those without added tokens
+        whole = [not search(text) for text in texts]  # without added tokens, as most texts are
         try:
             ids = iter(self._encode_whole([text for text, is_ in zip(texts, whole, strict=True) if is_]))
             return [
                 Pieces(next(ids) if is_ else self._encode_parts(text, split_special_tokens))
                 for text, is_ in zip(texts, whole, strict=True)
             ]
-        except (UnicodeEncodeError, RuntimeError) as error:  # what the library's versions say of surrogates
-            raise ValueError("the text is not valid Unicode: it holds bytes that are no UTF-8") from error
+        except (UnicodeEncodeError, RuntimeError) as error:  # raised for surrogates, by version of the library
+            raise ValueError("the text is not valid Unicode: it contains surrogates") from error
 
     def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         if len(texts) < 16:  # the library starts threads for a list
@@ -161,7 +161,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         return self._prefixed.encode(texts, out_type=int)
 
     def _encode_parts(self, text: str, split_special_tokens: bool) -> list[int]:
-        """The ids of a text with added tokens in it."""
+        """Encode a text that contains added tokens."""
         ids: list[int] = []
         prefixed = self._prefixes
         for number, part in enumerate(self._parts(text, split_special_tokens)):
@@ -185,7 +185,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         return self._pattern
 
     def _parts(self, text: str, split_special_tokens: bool) -> list[str | int]:
-        """The text, cut at added tokens, which are given as their ids."""
+        """Split the text at added tokens, which are returned as ids."""
         parts: list[str | int] = []
         done = 0
         for match in self._splitter().finditer(text):
@@ -221,7 +221,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         return pieces.join(tokens, self._numbers, apart, self._prefixes, self.legacy)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text that tokens make together."""
+        """Join tokens into text."""
         return self._join_tokens(tokens, self.spaces_between_special_tokens)
 
     # The vocabulary
@@ -273,25 +273,25 @@ class LlamaTokenizer(LlamaTokenizerBase):
         return [path]
 
     def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:
-        """Write the `.model` file into a folder, byte for byte; gives its path."""
+        """Write the `.model` file to a folder, byte for byte, and return its path."""
         folder = loading.existing_folder(save_directory)
         return (str(self._vocabulary_files(folder, f"{filename_prefix}-" if filename_prefix else "")[0]),)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """The tokenizer of a model with a tokenizer.model, as `load_tokenizer` finds it; or that file's.
+        """Load a tokenizer.model, or that of a model, found as by `load_tokenizer`.
 
         Args:
-            kwargs: arguments of the constructor, instead of what tokenizer_config.json says, and those for the Hub.
+            kwargs: constructor arguments, which override tokenizer_config.json, and those for the Hub.
 
         Raises:
-            ValueError, OSError: there is none, or it is damaged; the message names the file.
+            ValueError, OSError: there is no tokenizer, or it is damaged; the message names the file.
         """
         path = loading.found(pretrained_model_name_or_path, kwargs)
         options = cls._meant(kwargs, ("from_slow",))
         model = path / "tokenizer.model" if path.is_dir() else path
         if path.is_dir() and not model.exists():
-            raise FileNotFoundError(f"{model} does not exist: LlamaTokenizer needs it; LlamaTokenizerFast may not")
+            raise FileNotFoundError(f"{model} does not exist; LlamaTokenizer needs it, LlamaTokenizerFast may not")
         settings = loading.folder_settings(path) if path.is_dir() else {}
         made = cls.__new__(cls)
         defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -300,6 +300,6 @@ class LlamaTokenizer(LlamaTokenizerBase):
         return made
 
 
-# Unicode's white space, as the library `tokenizers` knows it.
+# Unicode white space, as the `tokenizers` library defines it.
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 WORD = re.compile(r"\w")

@@ -1,4 +1,4 @@
-"""Special tokens: which a tokenizer has, by their names in transformers."""
+"""The special tokens of a tokenizer, under their names in transformers."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -10,10 +10,10 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 def as_token(value: Any, name: str, **flags: Any) -> AddedToken:
-    """A string or what tokenizer_config.json says of a token as an AddedToken; strings get the `flags`.
+    """Convert a string or a token's entry in tokenizer_config.json to an AddedToken, with `flags` as its defaults.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `value` is neither of these nor an AddedToken.
     """
     if isinstance(value, str):
         return AddedToken(value, **flags)
@@ -26,21 +26,21 @@ def as_token(value: Any, name: str, **flags: Any) -> AddedToken:
 
 
 def copy_of(token: AddedToken, **changed: bool) -> AddedToken:
-    """The same token with some flags changed."""
+    """Copy a token, changing some flags."""
     flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
     return AddedToken(token.content, **(flags | changed))
 
 
 def flags_of(token: AddedToken) -> dict[str, Any]:
-    """The token as tokenizer_config.json writes it."""
+    """A token's entry in tokenizer_config.json."""
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {name: getattr(token, name) for name in names}
 
 
 class SpecialTokens:
-    """`bos_token`, `eos_token`, `unk_token`, `pad_token` and the like; each has its id, as in `bos_token_id`.
+    """`bos_token`, `eos_token`, `unk_token`, `pad_token` and the like, each with its id, such as `bos_token_id`.
 
-    Setting one takes effect at once: on the ids put around a text, on padding, on what decoding skips.
+    Setting one takes effect immediately: on the ids added around a text, on padding and on what decoding skips.
     """
 
     bos_token: str | None
@@ -60,8 +60,8 @@ class SpecialTokens:
 
     _named: dict[str, AddedToken]
     _additional: list[AddedToken]
-    _own: dict[str, str]  # additional ones that this model gives names of its own, such as image_token
-    _demoted: set[str]  # added tokens that were special once
+    _own: dict[str, str]  # additional tokens with model-specific names, such as image_token
+    _demoted: set[str]  # added tokens that are no longer special
 
     def _id_of(self, token: str) -> int | None:
         raise NotImplementedError
@@ -74,16 +74,16 @@ class SpecialTokens:
         raise NotImplementedError
 
     def _before_change(self, name: str) -> None:
-        """What has to be seen to before a special token becomes another."""
+        """Hook that runs before a special token changes."""
 
     def _forget(self) -> None:
-        """Drop what was worked out from the added tokens: they have changed."""
+        """Drop what is cached about the added tokens, because they have changed."""
         for name in ("_silent", "_added_ids", "_plain_added", "_literal"):
             vars(self).pop(name, None)
 
     @cached_property
     def _silent(self) -> frozenset[int]:
-        """The ids that `skip_special_tokens` skips: those of special tokens, and of added ones marked as special."""
+        """The ids that `skip_special_tokens` skips: special tokens, and added tokens marked as special."""
         marked = {number for number, token in self.added_tokens_decoder.items() if token.special}
         return frozenset(marked | set(self.all_special_ids))
 
@@ -114,7 +114,7 @@ class SpecialTokens:
 
     @property
     def additional_special_tokens(self) -> list[str]:
-        """Special tokens without a role of their own."""
+        """Special tokens without a named role."""
         return [token.content for token in self._additional]
 
     @additional_special_tokens.setter
@@ -129,7 +129,7 @@ class SpecialTokens:
         self._replace_additional(made)
 
     def _replace_additional(self, tokens: list[AddedToken]) -> None:
-        """Those that are no longer listed stay tokens, and are special no more."""
+        """Replace the additional tokens; those no longer listed stay tokens but are no longer special."""
         self._demoted |= {token.content for token in self._additional}
         self._additional = tokens
         self._demoted -= {token.content for token in [*tokens, *self._named.values()]}
@@ -142,25 +142,25 @@ class SpecialTokens:
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The added tokens by id, special ones among them."""
+        """The added tokens by id, special tokens included."""
         plain = lambda token: copy_of(token, special=False) if token.content in self._demoted else token  # noqa: E731
         return {number: plain(token) for number, token in sorted(self._flagged().items())}
 
     @property
     def special_tokens_map(self) -> dict[str, Any]:
-        """All by name, as text."""
+        """All special tokens by name, as strings."""
         named = {name: self._named[name].content for name in NAMES if name in self._named}
         return named | ({"additional_special_tokens": self.additional_special_tokens} if self._additional else {})
 
     @property
     def special_tokens_map_extended(self) -> dict[str, Any]:
-        """All by name, as AddedToken."""
+        """All special tokens by name, as AddedToken objects."""
         named: dict[str, Any] = {name: self._named[name] for name in NAMES if name in self._named}
         return named | ({"additional_special_tokens": list(self._additional)} if self._additional else {})
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """Those with a name, and the additional ones."""
+        """The named special tokens and the additional ones."""
         named = [self._named[name].content for name in NAMES if name in self._named]
         return list(dict.fromkeys(named + self.additional_special_tokens))
 

@@ -1,4 +1,4 @@
-"""Ids in, text out, while they come."""
+"""Incremental decoding of ids into text."""
 
 import re
 from typing import Any
@@ -7,29 +7,29 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextStream:
-    """Ids in, text out, as early as possible and never half a character.
+    """Decode ids incrementally: text comes out as early as possible, and never half a character.
 
-    A token may hold a part of a character's bytes, or a space that only its neighbours bring out. So a few ids back to
-    the last safe place are decoded together each time, and what is new in their text is given once it is whole.
+    A token may hold only part of a character's bytes, or a space that shows only next to other tokens. So each step
+    decodes the few ids since the last safe boundary together, and returns the new part of their text once it is whole.
 
-    All pieces together are `decode` of all ids, without `clean_up_tokenization_spaces`. Where one bad byte makes those
-    beside it bad as well, which is how the library `tokenizers` decodes SentencePiece's bytes, a run of bytes is given
-    when it has ended.
+    The pieces concatenate to `decode` of all ids, without `clean_up_tokenization_spaces`. Where one invalid byte makes
+    its neighbours invalid too, which is how `tokenizers` decodes SentencePiece's bytes, a run of bytes is held back
+    until it ends.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
-        self._knows = getattr(tokenizer, "knows", lambda token: True)  # transformers' decode takes any id
+        self._knows = getattr(tokenizer, "knows", lambda token: True)  # transformers' decode accepts any id
         self._silent = set(getattr(tokenizer, "_silent", tokenizer.all_special_ids)) if skip_special_tokens else set()
         self._decode = lambda ids: tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         self._waits = getattr(tokenizer, "_judges_runs_of_bytes", False)
         self._name = getattr(tokenizer, "_token_of", None)
-        self._ids: list[int] = []  # those since the last safe place; the first `_told` of them have been given
+        self._ids: list[int] = []  # since the last safe boundary; the text of the first `_told` is out
         self._told = 0
 
     def put(self, token: int) -> str:
-        """The text that `token` completes, often its own, sometimes "" or more; "" for an id without a token."""
+        """Return the text that `token` completes: often its own, sometimes "" or more; "" for an id without a token."""
         if int(token) in self._silent or not self._knows(int(token)):
             return ""
         self._ids.append(int(token))
@@ -42,7 +42,7 @@ class TextStream:
         return text[len(told) :]
 
     def end(self) -> str:
-        """What is left at the end of the text: a character that was never finished shows as U+FFFD."""
+        """Return the remaining text; an incomplete character becomes U+FFFD."""
         rest = self._decode(self._ids)[len(self._decode(self._ids[: self._told])) :]
         self._ids, self._told = [], 0
         return rest

@@ -1,4 +1,4 @@
-"""Python functions as tools: the JSON schema that a chat template shows the model, as transformers writes it."""
+"""JSON schemas of Python functions, which chat templates present to the model as tools, as in transformers."""
 
 import inspect
 import json
@@ -15,20 +15,20 @@ CHOICES = re.compile(r"\(choices:\s*(\[.*\])\)$", re.IGNORECASE)
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The schema of a function with type hints and a docstring in Google's style, with an "Args:" section.
+    """Build the JSON schema of a function from its type hints and its Google-style docstring with an "Args:" section.
 
     Args:
         function: a function, or a method, whose untyped `self` or `cls` is left out. An argument's description may end
             in `(choices: ["tea", "coffee"])`.
 
     Raises:
-        ValueError: it has no docstring, or an argument has no type hint, no description or a type that JSON lacks.
+        ValueError: there is no docstring, or an argument has no type hint, no description or a type without a schema.
     """
     name = getattr(function, "__name__", "operation")
     try:
         return {"type": "function", "function": _described(function, name)}
     except (NameError, TypeError, ValueError) as error:
-        raise ValueError(f"the tool {name} has no schema: {error}; correct it, or give the schema itself") from error
+        raise ValueError(f"the tool {name} has no JSON schema: {error}; fix it, or pass the schema itself") from error
 
 
 def _described(function: Callable[..., Any], name: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _schema(hint: Any) -> dict[str, Any]:
         return {}
     elif (plain := hint if args else origin or hint) in TYPES:
         return {"type": TYPES[plain]}
-    raise ValueError(f"JSON has nothing for the type {hint}")
+    raise ValueError(f"the type {hint} has no JSON equivalent")
 
 
 def _one_or_all(names: list[str]) -> Any:
@@ -96,7 +96,7 @@ def _one_or_all(names: list[str]) -> Any:
 
 
 def _sections(doc: str) -> dict[str, list[str]]:
-    """The lines of a docstring by the section they are in; "" holds those before the first."""
+    """Split the lines of a docstring by section; "" holds those before the first."""
     found: dict[str, list[str]] = {"": []}
     lines = found[""]
     for line in doc.splitlines():
@@ -108,7 +108,7 @@ def _sections(doc: str) -> dict[str, list[str]]:
 
 
 def _arguments(lines: list[str]) -> dict[str, str]:
-    """What is said of each argument; lines that are indented deeper than its name go on with it."""
+    """Parse the description of each argument; lines indented deeper than its name continue it."""
     found: dict[str, str] = {}
     name, depth = "", 99
     for line in filter(str.strip, lines):
