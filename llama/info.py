@@ -9,7 +9,7 @@ from .checkpoints import FLOATS, Checkpoint
 from .checkpoints.gguf import GGUFFile
 from .checkpoints.huggingface import HuggingFaceFolder
 from .checkpoints.meta import MetaFolder
-from .checkpoints.names import EMBEDDING, HEAD
+from .checkpoints.names import EMBEDDING, FREQUENCIES, HEAD
 from .reference import Config, parameter_shapes
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes a model runs in, and their sizes in bytes
@@ -66,7 +66,7 @@ class Info:
         yield f"context       {c.max_position_embeddings:,} tokens"
         yield f"RoPE          {kind}, " + ", ".join([f"theta {theta:g}", *said])
         if self.missing:
-            yield f"incomplete    the tensor {self.missing} is missing; it cannot be loaded. Download it again"
+            yield f"incomplete    the tensor {self.missing} is missing"
         yield ""
         texts = "" if self.batch == 1 else f" in each of {self.batch:,} texts"
         yield f"memory to run it, with a cache of {self.tokens:,} tokens{texts}"
@@ -94,9 +94,9 @@ def info(checkpoint: Checkpoint, tokens: int | None = None, batch: int = 1) -> I
         if value is not None and not 1 <= value <= MOST:
             raise ValueError(f"{name} must be at least 1 and at most {MOST:,}, got {value}")
     tokens = min(DEFAULT_TOKENS, config.max_position_embeddings) if tokens is None else tokens
-    tensors = {n: s for n, s in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    tensors = {n: s for n, s in checkpoint.tensors.items() if not n.endswith(FREQUENCIES)}
     missing = None
-    for name, shape in parameter_shapes(config):
+    for name, shape in parameter_shapes(config, classifier="score.weight" in tensors):
         if name not in tensors:  # unless it is a base model or a quantised one, whose tensors have other names
             usual = EMBEDDING in tensors and all(stored.dtype.name in FLOATS for stored in tensors.values())
             missing = name if usual else None

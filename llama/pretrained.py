@@ -14,7 +14,7 @@ from torch import nn
 
 from . import ops
 from .checkpoints import ALIASES, Checkpoint, open_checkpoint
-from .checkpoints.names import find
+from .checkpoints.names import FREQUENCIES, find
 from .checkpoints.torch_files import as_torch, replaced, save_weights, torch_dtype
 from .checkpoints.where import hub_options
 from .config import LlamaConfig
@@ -477,7 +477,7 @@ class LlamaPreTrainedModel(ops.Computes, nn.Module):
         taken.update(*(names[1:] for names in places.values()))
         if self.config.tie_word_embeddings:
             taken.add("lm_head.weight")
-        unexpected = sorted(file for file in files if file not in taken and not file.endswith("rotary_emb.inv_freq"))
+        unexpected = sorted(file for file in files if file not in taken and not file.endswith(FREQUENCIES))
         return {
             "missing_keys": missing,
             "unexpected_keys": unexpected,

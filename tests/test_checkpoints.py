@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: every format gives the same arrays, every damage is named."""
+"""Reading and writing checkpoints: every format yields the same arrays, and errors name what is damaged."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_gguf_weights_are_dequantised_and_unpermuted(tmp_path, quantisation):
     kind = gguf.GGMLQuantizationType[quantisation]
     params, config = reference.load(write_gguf(tmp_path / "m.gguf", PARAMS, quantisation=kind))
     assert config == reference.Config.from_dict(FIELDS | {"bos_token_id": None, "eos_token_id": None, "head_dim": 16})
-    # Half a step of the quantisation: 8 bits over ±4, 4 bits over ±4, the 11 and 8 bits of float16 and bfloat16.
+    # Half a quantisation step: 8 or 4 bits over ±4, or the 11 and 8 bits of precision of float16 and bfloat16.
     step = {"F32": 0, "F16": 2e-3, "Q8_0": 2e-2, "Q4_1": 0.3, "BF16": 2e-2}[quantisation]
     for name, array in PARAMS.items():
         np.testing.assert_allclose(params[name], array, atol=step, rtol=0, err_msg=name)
@@ -107,7 +107,7 @@ def test_pytorch_gets_the_same_numbers_and_the_same_memory(dtype):
 
 
 def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
-    size = 2**41  # two terabytes of hole
+    size = 2**41  # a sparse file of two terabytes
     text = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
     text += b" " * (-len(text) % 8)
     (tmp_path / "config.json").write_text("{}")
@@ -122,7 +122,7 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
 
 
 def resident(array) -> int:
-    """The bytes of the mapping that are in memory."""
+    """Return the resident bytes of the mapping that holds `array`."""
     start, here = np.lib.array_utils.byte_bounds(array)[0], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -130,7 +130,7 @@ def resident(array) -> int:
             here = low <= start < high
         elif here and line.startswith("Rss:"):
             return int(line.split()[1]) << 10
-    raise AssertionError("it is not mapped")
+    raise AssertionError("the array is not memory-mapped")
 
 
 def test_memory_is_let_go_of_when_a_tensor_has_been_used(tmp_path):
@@ -145,12 +145,12 @@ def test_memory_is_let_go_of_when_a_tensor_has_been_used(tmp_path):
     assert b[0] == -1
     assert big.nbytes * 0.9 < resident(a) < big.nbytes * 1.1  # b's
     np.testing.assert_array_equal(a, big)
-    release(big)  # which is not mapped
+    release(big)  # not memory-mapped: a no-op
     assert big[-1] == len(big) - 1
 
 
 def in_memory(folder):
-    """The bytes of mapped files in a folder that are in memory."""
+    """Return the resident bytes of the memory-mapped files in a folder."""
     total, ours = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -191,7 +191,7 @@ def test_llama31s_divisors_come_through_gguf(tmp_path):
         frequencies, factor = reference.rope_frequencies(loaded, length)
         np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
         assert factor == 1.0
-    assert not loaded.angles_follow_length  # both lists are one: prompts in chunks, conversations from their cache
+    assert not loaded.angles_follow_length  # both factor lists are equal, so chunked prefill and cached chats work
 
 
 @pytest.mark.parametrize(("factor", "theta"), [(8.0, 500000.0), (32.0, 500000.0), (8.0, 10000.0)])
@@ -205,6 +205,9 @@ def test_llama31s_own_divisors_are_its_rope_again(tmp_path, factor, theta):
     extra = lambda writer: writer.add_tensor("rope_freqs.weight", divisors)  # noqa: E731
     _, loaded = reference.load(write_gguf(tmp_path / "m.gguf", PARAMS, fields, extra=extra))
     assert loaded.rope_parameters == config.rope_parameters
+    ones = lambda writer: writer.add_tensor("rope_freqs.weight", np.ones_like(divisors))  # noqa: E731
+    _, loaded = reference.load(write_gguf(tmp_path / "ones.gguf", PARAMS, fields, extra=ones))
+    assert loaded.rope_parameters["rope_type"] == "default"
 
 
 def test_tensors_that_overlap_are_refused(tmp_path):
@@ -224,7 +227,7 @@ LINEAR, YARN = gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN
     ("says", "means"),
     [
         ({"type": LINEAR, "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp takes no type for linear
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp treats a missing type as linear
         ({"type": gguf.RopeScalingType.NONE, "factor": 4.0}, {"rope_type": "default"}),
         ({"type": YARN, "factor": 4.0, "original": 8, "beta": 16.0},
          {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0}),
@@ -296,7 +299,7 @@ def test_a_tensor_nobody_uses_is_mentioned(tmp_path):
     with pytest.warns(UserWarning, match=r"1 tensors are not used, among them model\.extra\.weight"):
         reference.load(tmp_path)
     write_folder(tmp_path, PARAMS | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)})
-    assert_same(reference.load(tmp_path)[0])  # which old checkpoints carry, and nobody needs to hear of
+    assert_same(reference.load(tmp_path)[0])  # found in old checkpoints: no warning
 
 
 def test_a_classifier_is_loaded_with_its_score_and_without_a_head(tmp_path):
@@ -339,7 +342,7 @@ def test_everything_a_gguf_says_of_the_model_is_heard(tmp_path):
 
 
 def without(*methods):
-    """A GGUF file whose writer does not do some of what it is told."""
+    """Return a function that writes a GGUF file with the given methods of its writer disabled."""
 
     def write(path):
         class Partial(gguf.GGUFWriter):
@@ -391,7 +394,7 @@ def test_a_gguf_that_lacks_something_is_named(tmp_path, damage):
 def test_heads_that_differ_by_layer_are_refused(tmp_path):
     path = without("add_head_count_kv")(tmp_path / "mha.gguf")
     with pytest.raises(ValueError, match=r"k_proj\.weight has shape \(32, 64\).*asks for \(64, 64\)"):
-        reference.load(path)  # left out, every head has keys of its own
+        reference.load(path)  # without the field, every head has its own keys
     with pytest.MonkeyPatch.context() as patch:
         told = gguf.GGUFWriter.add_head_count_kv
         patch.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda writer, count: told(writer, [2, 1]))
@@ -421,17 +424,17 @@ def header(path, change):
 
 
 def put(name, data):
-    """A damage that puts `data` in the place of a file."""
+    """Return a damage that replaces a file's content by `data`."""
     return lambda folder: (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def keep(part):
-    """A damage that keeps only a slice of the weights' bytes."""
+    """Return a damage that keeps only a slice of the weight file's bytes."""
     return lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[part])
 
 
 def edit(change):
-    """A damage to the weights' header."""
+    """Return a damage to the weight file's header."""
     return lambda folder: header(folder / "model.safetensors", change)
 
 
@@ -477,7 +480,7 @@ def test_a_damaged_folder_is_named(tmp_path, damage):
 
 
 def point_to(file):
-    """A damage to the index: the norm is said to be in `file`."""
+    """Return a damage to the index that places the norm in `file`."""
     return lambda index: index["weight_map"].update({NORM: file})
 
 

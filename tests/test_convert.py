@@ -1,4 +1,4 @@
-"""Conversions: nothing is lost on the way, in any direction, and what was changed on demand is what was asked for."""
+"""Conversions are lossless in every direction, and change only what was requested."""
 
 import json
 import os
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written", "ignor
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a written folder, by the library's own reader."""
+    """Return all tensors of a folder, read by safetensors itself."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -58,7 +58,7 @@ def cast(params, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shards", [1, 2, 4])  # 4 are more than the key and value heads
+@pytest.mark.parametrize("shards", [1, 2, 4])  # 4 is more than the number of key and value heads
 def test_metas_files_become_hugging_faces(tmp_path, shards, dtype):
     source = write_meta(tmp_path / "meta", PARAMS, shards=shards, dtype=dtype)
     out = convert(source, tmp_path / "out", verify=True)
@@ -81,7 +81,7 @@ def test_hugging_faces_files_become_metas(tmp_path, shards, dtype):
         held = torch.load(path, mmap=True, weights_only=True)
         assert_equal(held, {name: tensor for name, tensor in expected.items() if name != "rope.freqs"})
         assert zipfile.ZipFile(path).testzip() is None
-        whole = path.read_bytes()  # every tensor's bytes stand at a multiple of 64
+        whole = path.read_bytes()  # every tensor starts at a multiple of 64 bytes
         for tensor in held.values():
             data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             assert any(whole[at : at + len(data)] == data for at in range(0, len(whole), 64))
@@ -100,7 +100,7 @@ def test_there_and_back_is_the_same(tmp_path, shards):
     assert configs[0] == configs[1] == configs[2]
 
 
-# The fields of ModelArgs in Meta's code, which takes no others; max_seq_len is passed beside params.json.
+# The fields of ModelArgs in Meta's code, which accepts no others; max_seq_len is passed separately from params.json.
 LLAMA1_ARGS = {"dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"}
 LLAMA2_ARGS = LLAMA1_ARGS | {"n_kv_heads", "ffn_dim_multiplier"}
 LLAMA31_ARGS = LLAMA2_ARGS | {"rope_theta", "use_scaled_rope"}
@@ -126,6 +126,45 @@ def test_metas_own_code_can_read_params_json(tmp_path, fields, known):
     assert convert(source, tmp_path / "meta", to="meta", verify=True) == meta
     again = open_checkpoint(convert(meta, tmp_path / "again"))
     assert again.config["max_position_embeddings"] == fields["max_position_embeddings"]
+    for damaged in ('{"max', "[1]", '{"max_position_embeddings": true}'):
+        (meta / "conversion.json").write_text(damaged)
+        assert open_checkpoint(meta).config["max_position_embeddings"] in (2048, 4096, 131072)
+
+
+def test_llama_2_in_float16_stays_llama_2_without_the_manifest(tmp_path):
+    fields = MHA | {"rope_theta": 10000.0, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+    source = write_folder(tmp_path / "model", random_params(fields), fields)
+    save_file(cast(random_params(fields), torch.float16), source / "model.safetensors", {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*cannot store max_position_embeddings")
+        meta = convert(source, tmp_path / "meta", to="meta")
+    (meta / "conversion.json").unlink()
+    assert open_checkpoint(meta).config["max_position_embeddings"] == 4096
+
+
+@pytest.mark.parametrize("to", ["meta", "huggingface"])
+def test_buffers_of_old_transformers_are_no_obstacle(tmp_path, to):
+    source = write_folder(tmp_path / "model", PARAMS)
+    buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in (0, 1, 5)}
+    save_file(cast(PARAMS, torch.float32) | buffers, source / "model.safetensors", {"format": "pt"})
+    assert open_checkpoint(convert(source, tmp_path / "out", to=to, verify=True)).tensors
+
+
+def test_frequencies_of_metas_first_files_are_no_obstacle(tmp_path):
+    source = write_meta(tmp_path / "meta", PARAMS)
+    tensors = torch.load(source / "consolidated.00.pth", weights_only=True)
+    tensors |= {f"layers.{n}.attention.inner_attention.rope.freqs": tensors["rope.freqs"] for n in range(2)}
+    torch.save(tensors, source / "consolidated.00.pth")
+    assert_equal(tensors_of(convert(source, tmp_path / "out", verify=True)), cast(PARAMS, torch.float16))
+
+
+def test_a_manifest_without_the_version_is_still_this_conversion(tmp_path):
+    source = write_meta(tmp_path / "meta", PARAMS)
+    out = convert(source, tmp_path / "out")
+    manifest = json.loads((out / "conversion.json").read_text())
+    del manifest["settings"]["llama_version"]
+    (out / "conversion.json").write_text(json.dumps(manifest))
+    assert convert(source, out) == out
 
 
 def test_another_version_is_another_conversion(tmp_path):
@@ -150,9 +189,13 @@ def test_layers_beyond_the_configurations_are_an_error(tmp_path, write):
 def test_a_damaged_tokenizer_is_not_copied(tmp_path):
     source = write_folder(tmp_path / "model", PARAMS)
     (source / "tokenizer.json").write_text('{"model": {"type": "BPE"')
-    with pytest.raises(ValueError, match=r"model\S*tokenizer\.json is not a readable tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"model\S*tokenizer\.json is not valid JSON"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (source / "tokenizer.json").write_text('{"model": {"type": "of a later version"}}')
+    with pytest.warns(UserWarning, match=r"is not a readable tokenizer\.json.*; it is copied unchanged"):
+        out = convert(source, tmp_path / "out")
+    assert (out / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
 
 
 def test_numbers_that_make_no_sense_are_refused(tmp_path):
@@ -174,7 +217,7 @@ def test_gguf_to_hugging_face_to_meta_and_back(tmp_path):
     source = write_gguf(tmp_path / "m.gguf", PARAMS, quantisation=gguf.GGMLQuantizationType.F16, extra=tokens)
     out = convert(source, tmp_path / "folder", verify=True)
     assert_equal(tensors_of(out), {name: torch.tensor(array) for name, array in half.items()})
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"  # the norms are float32
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"  # though the norms are float32
     meta = convert(out, tmp_path / "meta", to="meta", verify=True)
     assert_equal(tensors_of(convert(meta, tmp_path / "again", verify=True)), tensors_of(out))
 
@@ -207,7 +250,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     for shards in (1, 2):
         meta = convert(source, tmp_path / f"meta{shards}", to="meta", num_shards=shards, verify=True)
         held = torch.load(meta / "consolidated.00.pth", weights_only=True)
-        assert torch.equal(held["output.weight"], held["tok_embeddings.weight"])  # as Meta's own files have it
+        assert torch.equal(held["output.weight"], held["tok_embeddings.weight"])  # as in Meta's own files
         again = convert(meta, tmp_path / f"again{shards}", verify=True)
         assert json.loads((again / "config.json").read_text())["tie_word_embeddings"]
         assert_equal(tensors_of(again), {name: torch.tensor(array) for name, array in params.items()})
@@ -223,7 +266,7 @@ def test_a_tied_head_stays_tied(tmp_path):
             r"cannot store bos_token_id 3: .* bos_token_id 1 and eos",
             (1, 2),
         ),
-        # in several shards a tied model's embedding is cut as Llama 3's
+        # with several shards, a tied model's embedding is split as in Llama 3
         ({}, 2, r"cannot store bos_token_id 1 and eos_token_id 2: .* eos_token_id None", (None, None)),
     ],
 )
@@ -234,6 +277,9 @@ def test_ends_that_metas_layout_cannot_tell_are_named(tmp_path, said, num_shards
         warnings.simplefilter("always")
         meta = convert(source, tmp_path / "meta", to="meta", num_shards=num_shards)
     texts = [str(w.message) for w in given if "cannot store" in str(w.message)]
+    length = [text for text in texts if "max_position_embeddings 32: without conversion.json" in text]
+    assert len(length) == 1
+    texts.remove(length[0])
     assert len(texts) == (warning is not None)
     assert warning is None or re.search(warning, texts[0])
     convert(meta, tmp_path / "back")
@@ -246,7 +292,7 @@ def test_ends_that_metas_layout_cannot_tell_are_named(tmp_path, said, num_shards
 
 def test_a_head_that_is_the_embedding_is_written_as_tied_in_metas_layout(tmp_path):
     equal = PARAMS | {"lm_head.weight": PARAMS["model.embed_tokens.weight"]}
-    source = write_folder(tmp_path / "model", equal)  # whose configuration says that they are two
+    source = write_folder(tmp_path / "model", equal)  # the configuration does not tie them
     (tmp_path / "meta" / "original").mkdir(parents=True)
     (tmp_path / "meta" / "original" / "params.json").write_text("{}")
     meta = convert(source, tmp_path / "meta", to="meta", verify=True, force=True)
@@ -256,14 +302,14 @@ def test_a_head_that_is_the_embedding_is_written_as_tied_in_metas_layout(tmp_pat
 def test_a_head_that_begins_as_the_embedding_is_its_own(tmp_path):
     fields = FIELDS | {"vocab_size": 32}
     params = random_params(fields)
-    params["lm_head.weight"][:8] = params["model.embed_tokens.weight"][:8]  # as many rows as Meta's reader compares
+    params["lm_head.weight"][:8] = params["model.embed_tokens.weight"][:8]  # as many rows as our reader compares
     out = convert(write_meta(tmp_path / "meta", params, fields, dtype=torch.float32), tmp_path / "out", verify=True)
     assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     model = transformers.LlamaForCausalLM.from_pretrained(out)
     assert_equal(dict(model.state_dict()), cast(params, torch.float32))
     with pytest.raises(ValueError, match="would be read as a model whose tie_word_embeddings is True"):
         convert(out, tmp_path / "back", to="meta")
-    assert not (tmp_path / "back").exists()  # nothing was written for it
+    assert not (tmp_path / "back").exists()  # refused before anything was written
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -310,7 +356,7 @@ def test_what_metas_code_cannot_compute_is_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         convert(source, tmp_path / "out", to="meta")
     assert not (tmp_path / "out").exists()
-    assert convert(source, tmp_path / "out")  # which Hugging Face's layout holds
+    assert convert(source, tmp_path / "out")  # Hugging Face's layout can store it
 
 
 def test_shards_must_divide_the_heads(tmp_path):
@@ -321,7 +367,7 @@ def test_shards_must_divide_the_heads(tmp_path):
         convert(source, tmp_path / "out", to="meta", num_shards=8)
 
 
-# --- what is changed on demand ---
+# --- requested changes ---
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -366,7 +412,7 @@ def test_weights_are_cast(tmp_path, dtype):
 
 
 def test_the_dtype_of_the_source_is_forgotten(tmp_path):
-    write_folder(tmp_path / "model", PARAMS, FIELDS | {"dtype": "float32"})  # as transformers 5 spells it
+    write_folder(tmp_path / "model", PARAMS, FIELDS | {"dtype": "float32"})  # the name that transformers 5 uses
     out = convert(tmp_path / "model", tmp_path / "out", dtype="bfloat16")
     assert transformers.LlamaForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
@@ -380,7 +426,7 @@ def test_the_dtype_of_the_source_is_forgotten(tmp_path):
     ],
 )
 def test_a_cast_that_loses_numbers_is_refused(tmp_path, number, stored, dtype, way_out):
-    large = np.array([number, np.nan, np.inf] + [1.0] * 61, stored)  # of which the last two are as large as before
+    large = np.array([number, np.nan, np.inf] + [1.0] * 61, stored)  # a cast preserves NaN and infinity
     source = write_folder(tmp_path / "model", PARAMS | {"model.norm.weight": large})
     with pytest.raises(ValueError, match=rf"model\.norm\.weight holds numbers too large for {dtype}; {way_out}"):
         convert(source, tmp_path / "out", dtype=dtype)
@@ -393,7 +439,7 @@ def test_a_cast_that_loses_numbers_is_refused(tmp_path, number, stored, dtype, w
 # --- the files ---
 
 
-# The tensors of each layer make 8 of at most 16 KiB; the embedding comes first.
+# The model has 21 tensors of at most 16 KiB, 155 KB in all.
 @pytest.mark.parametrize(("limit", "files"), [("5GB", 1), ("40KB", 5), (1, 21)])
 def test_files_are_cut_and_called_as_transformers_does(tmp_path, limit, files):
     source = write_folder(tmp_path / "model", PARAMS)
@@ -408,7 +454,7 @@ def test_files_are_cut_and_called_as_transformers_does(tmp_path, limit, files):
         with open(out / name, "rb") as file:
             assert struct.unpack("<Q", file.read(8))[0] % 8 == 0
         with safe_open(out / name, "numpy") as file:
-            assert file.metadata() == {"format": "pt"}  # without which transformers 4 refuses it
+            assert file.metadata() == {"format": "pt"}  # transformers 4 requires it
     if files > 1:
         ours, index = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (out, tmp_path / "theirs"))
         assert ours["metadata"] == index["metadata"]
@@ -429,7 +475,7 @@ def test_types_of_different_sizes_lie_aligned(tmp_path):
     save_file(odd, source / "model.safetensors")
     out = convert(source, tmp_path / "out", verify=True)
     assert_equal(tensors_of(out), odd)
-    assert all(open_checkpoint(out).read(name).base is not None for name in odd)  # mapped: it could not be otherwise
+    assert all(open_checkpoint(out).read(name).base is not None for name in odd)  # mapped, which requires alignment
 
 
 def test_the_tokenizer_keeps_its_prefix_space(tmp_path):
@@ -442,7 +488,7 @@ def test_the_tokenizer_keeps_its_prefix_space(tmp_path):
     for text in ("Hello this is a test", "  two spaces", "a\n\nb c", "naïve 日本"):
         assert after.encode(text) == before.encode(text)
         assert after.decode(after.encode(text), skip_special_tokens=True) == text
-    (tmp_path / "tokenizer.model").unlink()  # back again it comes from the folder
+    (tmp_path / "tokenizer.model").unlink()  # on the way back it comes from the folder
     assert (convert(out, tmp_path / "back", to="meta") / "tokenizer.model").exists()
 
 
@@ -457,7 +503,7 @@ def test_a_folders_own_tokenizer_files_are_kept(tmp_path, smollm2):
     out = convert(source, tmp_path / "out")
     assert {name: (out / name).read_bytes() for name in written} == written
     convert(write_folder(tmp_path / "other", PARAMS), out, force=True)
-    assert not any((out / name).exists() for name in written)  # they were the other model's
+    assert not any((out / name).exists() for name in written)  # they belonged to the other model
 
 
 def test_without_a_tokenizer_that_is_said(tmp_path):
@@ -498,7 +544,7 @@ def test_a_model_in_memory_is_no_part_of_its_files(tmp_path, kind):
     places = {"folder": write_folder, "meta": write_meta, "gguf": with_tokens}
     source = open_checkpoint(places[kind](tmp_path / f"source.{kind}", PARAMS))
     norm = source.read("model.norm.weight")
-    norm.fill(7)  # as training would, in a model that shares its memory
+    norm.fill(7)  # as training would in a model that shares its memory
     out = open_checkpoint(convert(source, tmp_path / "out", verify=True))
     np.testing.assert_array_equal(out.read("model.norm.weight"), PARAMS["model.norm.weight"].astype(norm.dtype))
     assert (norm == 7).all()
@@ -518,7 +564,7 @@ def test_no_more_than_a_few_tensors_are_in_memory(tmp_path):
     write_meta(tmp_path / "small", PARAMS, shards=2, dtype=torch.float32)
 
     def peak(where, out, *more):
-        """The largest resident memory, in bytes, of a child of a small process, which does not inherit ours."""
+        """Return the peak resident memory in bytes of a child of a small process, so as not to inherit ours."""
         measure = (
             "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True);"
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -655,7 +701,7 @@ def test_only_files_of_the_conversion_are_taken_away(tmp_path):
     source = write_folder(tmp_path / "model", PARAMS)
     out = write_folder(tmp_path / "out", random_params(seed=1))
     (out / "holiday.mkv.partial").write_text("mine")
-    (out / ".partial").mkdir()  # of a save_pretrained that was killed
+    (out / ".partial").mkdir()  # left by a save_pretrained that was killed
     (out / "model.safetensors.partial").write_text("ours")
     (out / "tokenizer.json").symlink_to(tmp_path / "gone")
     convert(source, out, force=True)

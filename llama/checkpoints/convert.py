@@ -33,9 +33,10 @@ from .gguf import GGUFFile
 from .huggingface import MANIFEST, WEIGHT_FILES, WEIGHTS, HuggingFaceFolder, read_json
 from .meta import CONTEXT, SHARD, MetaFolder, called_instruct
 from .meta_shards import MetaShard, params_json
+from .names import EMBEDDING, FREQUENCIES, HEAD
 from .pickles import TorchZip, is_zip
 from .torch_zip import torch_zip
-from .views import EMBEDDING, HEAD, Changed
+from .views import Changed
 from .where import FILES
 from .write import (
     PARTIAL,
@@ -118,8 +119,10 @@ def convert(
         | ({"num_shards": num_shards} if to == "meta" else {"max_shard_size": size_in_bytes(max_shard_size)}),
         "source": _identity(source),
     }
-    if isinstance(source, MetaFolder):
-        made["settings"] |= {"llama_version": source.version, "instruct": source.instruct}
+    if isinstance(source, MetaFolder) and to == "huggingface":
+        made["settings"]["llama_version"] = source.version
+        if source.version not in ("1", "2"):
+            made["settings"]["instruct"] = source.instruct
     if to == "meta":
         made[CONTEXT] = Config.from_dict(dict(config)).max_position_embeddings
     with _locked(out):
@@ -217,7 +220,7 @@ def _checked(checkpoint: Checkpoint) -> dict[str, Any]:
         check_params(shapes, parsed)
         for name in shapes:
             layer = re.match(r"model\.layers\.(\d+)\.", name)
-            if layer and int(layer[1]) >= parsed.num_hidden_layers:
+            if layer and int(layer[1]) >= parsed.num_hidden_layers and not name.endswith(FREQUENCIES):
                 raise ValueError(f"it holds {name}, but num_hidden_layers is {parsed.num_hidden_layers}")
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}. Correct its configuration, or download it again.") from error
@@ -257,7 +260,7 @@ def _look(
     manifest = _manifest(out)
     finished: dict[str, str] = {}
     stale: list[str] = []
-    if {key: manifest.get(key) for key in made} == made:
+    if manifest.get("source") == made["source"] and not _other_settings(manifest, made):
         finished = _unchanged(out, manifest["sha256"], planned)
         other = [file.name for file in planned if file.name not in finished]
         other += [name for name in weights if name not in expected]
@@ -332,10 +335,15 @@ def _difference(manifest: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     """Describe how the conversion in a folder differs from the requested one."""
     if manifest.get("source") != made["source"]:
         return "a conversion of another source, or of this one before it changed"
-    before = manifest.get("settings") or {}
-    differ = {f"--{k.replace('_', '-')}": before.get(k) for k, v in made["settings"].items() if before.get(k) != v}
+    differ = {f"--{name.replace('_', '-')}": value for name, value in _other_settings(manifest, made).items()}
     options = [f"without {name}" if value is None else f"with {name} {value}" for name, value in differ.items()]
     return f"a conversion {', '.join(options)}"
+
+
+def _other_settings(manifest: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a manifest that differ from those requested; one that is not recorded is taken to be equal."""
+    before = manifest["settings"]
+    return {name: before[name] for name, value in made["settings"].items() if before.get(name, value) != value}
 
 
 def _write_weights(out: Path, made: Mapping[str, Any], finished: Mapping[str, str], planned: list[OutFile]) -> None:
@@ -365,7 +373,11 @@ def _tokenizer(source: Checkpoint) -> dict[str, bytes]:
         found = (path for pattern in TOKENIZER for path in sorted(source.path.glob(pattern)))
         files = {path.relative_to(source.path).as_posix(): path.read_bytes() for path in found}
     if "tokenizer.json" in files:
-        read_tokenizer_json(source.path / "tokenizer.json")  # raises if it is damaged
+        try:
+            read_tokenizer_json(source.path / "tokenizer.json")
+        except ValueError as error:
+            read_json(source.path / "tokenizer.json")  # raises if it is cut short or damaged
+            warnings.warn(f"{error}; it is copied unchanged", stacklevel=3)  # it may need a newer version
         return files
     try:
         tokenizer, settings = source.tokenizer()
@@ -398,7 +410,8 @@ def _check_sums(source: MetaFolder) -> None:
     if not path.exists():
         return
     lines = (line.split() for line in path.read_text(errors="replace").splitlines())
-    listed = {words[1].removeprefix("*"): words[0].lower() for words in lines if len(words) == 2}  # "*" of md5sum -b
+    # "*" as md5sum -b writes it, "./" as after find
+    listed = {words[1].removeprefix("*").removeprefix("./"): words[0].lower() for words in lines if len(words) == 2}
     files = sorted(file for file in source.path.iterdir() if file.name in listed)
     if unlisted := sorted({file.name for file in source.files} - listed.keys()):
         raise ValueError(f"{path} does not list {unlisted[0]}; download it again, or remove it")
@@ -441,7 +454,7 @@ class _Planned(MetaFolder):
 
 
 def _check_read_back(params: dict[str, Any], changed: Changed, out: Path, shards: list[MetaShard]) -> None:
-    """Warn if the bos and eos tokens differ from those that would be read back from Meta's layout.
+    """Warn if the bos and eos tokens or the context length differ from those that Meta's files alone would give.
 
     Raises:
         ValueError: the shards and params.json would be read back as another model.
@@ -462,6 +475,12 @@ def _check_read_back(params: dict[str, Any], changed: Changed, out: Path, shards
         warnings.warn(
             f"Meta's layout cannot store {' and '.join(lost)}: {out} will be read with bos_token_id "
             f"{found.bos_token_id} and eos_token_id {found.eos_token_id}; keep the source's config.json",
+            stacklevel=3,
+        )
+    if found.max_position_embeddings != meant.max_position_embeddings:
+        warnings.warn(
+            f"Meta's layout cannot store {CONTEXT} {meant.max_position_embeddings}: without {MANIFEST}, {out} will be "
+            f"read with {found.max_position_embeddings}; keep it with the other files",
             stacklevel=3,
         )
 
@@ -487,14 +506,15 @@ def _identity(source: Checkpoint) -> dict[str, Any]:
 def _verify(source: Checkpoint, changed: Changed, out: Path, to: str) -> None:
     """Read back what was written, and compare it bit for bit with what it should be."""
     written: Checkpoint = MetaFolder(out) if to == "meta" else HuggingFaceFolder(out)
-    wrong = [name for name, stored in changed.tensors.items() if written.tensors.get(name) != stored]
-    if wrong := [*wrong, *(written.tensors.keys() - changed.tensors.keys() - {HEAD})]:  # Meta stores a tied head too
+    tensors = {n: s for n, s in changed.tensors.items() if to != "meta" or not n.endswith(FREQUENCIES)}
+    wrong = [name for name, stored in tensors.items() if written.tensors.get(name) != stored]
+    if wrong := [*wrong, *(written.tensors.keys() - tensors.keys() - {HEAD})]:  # Meta stores a tied head too
         raise ValueError(f"{out}: {wrong[0]} does not match {source.path}; convert it again with --force")
     biases = any(name.endswith(".bias") for name in changed.tensors)  # which Meta's layout cannot store
     if isinstance(source, MetaFolder) and to == "huggingface" and not changed.changes and not biases:
         pairs, total = _back(source, written), sum(file.stat().st_size for file in source.files)
     else:
-        pairs, total = _forth(changed, written), sum(stored.nbytes for stored in written.tensors.values())
+        pairs, total = _forth(changed, tensors, written), sum(stored.nbytes for stored in written.tensors.values())
     with byte_bar(total, "verifying") as bar:
         for name, expected, found in pairs:
             if not same(expected, found, bar.update):
@@ -508,15 +528,18 @@ def _back(source: MetaFolder, written: Checkpoint) -> Iterator[tuple[str, np.nda
         tokens, _ = held.tensors["tok_embeddings.weight"].shape
         axis = 1 if tokens == source.config["vocab_size"] else 0
         shard = MetaShard(written, number, len(source.files), axis)
-        for name in held.tensors.keys() - {"rope.freqs"}:
-            yield f"{name} of {file.name}", held.read(name), shard.read(name)
+        for name in held.tensors:
+            if not name.endswith("rope.freqs"):
+                yield f"{name} of {file.name}", held.read(name), shard.read(name)
 
 
-def _forth(changed: Checkpoint, written: Checkpoint) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _forth(
+    changed: Checkpoint, names: Collection[str], written: Checkpoint
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield each tensor as it should be and as it was written."""
-    for name in changed.tensors:
+    for name in names:
         yield name, changed.read(name), written.read(name)
-    if HEAD in written.tensors and HEAD not in changed.tensors:
+    if HEAD in written.tensors and HEAD not in names:
         yield HEAD, changed.read(EMBEDDING), written.read(HEAD)
 
 

@@ -116,6 +116,8 @@ class GGUFFile:
     def _rope_scaling(self) -> dict[str, Any] | None:
         if ROPE_DIVISORS in self._tensors:
             array = self._array(self._tensors[ROPE_DIVISORS])
+            if np.all(array == 1):
+                return None
             divisors = [float(x) for x in array]
             return _as_llama3(array, self._number("rope.freq_base", 10000.0)) or {
                 "rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,

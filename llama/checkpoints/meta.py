@@ -106,9 +106,11 @@ class MetaFolder:
     @cached_property
     def _context(self) -> int | None:
         """The context length that `llama convert` recorded; Meta's own code would reject it in params.json."""
-        path = self.path / MANIFEST
-        length = read_json(path).get(CONTEXT) if path.exists() else None
-        return length if isinstance(length, int) and 0 < length < 2**31 else None
+        try:
+            length = read_json(self.path / MANIFEST).get(CONTEXT)
+        except (ValueError, OSError):
+            return None
+        return length if type(length) is int and 0 < length < 2**31 else None
 
     @cached_property
     def _shards(self) -> list[TorchZip]:
@@ -376,7 +378,9 @@ class MetaFolder:
                     f"{config.head_dim}; its n_heads is wrong, or it is another model's"
                 )
         for shard in self._shards:
-            if unknown := sorted(shard.tensors.keys() - known):
+            if unknown := sorted(
+                n for n in shard.tensors.keys() - known if not n.endswith(".inner_attention.rope.freqs")
+            ):
                 raise ValueError(
                     f"{shard.path} holds {unknown[0]}, which a LLaMA with num_hidden_layers "
                     f"{config.num_hidden_layers} does not have"

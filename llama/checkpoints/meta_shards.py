@@ -9,8 +9,8 @@ import numpy as np
 
 from ..reference.config import Config
 from ..reference.rope import interleave
-from .meta import LLAMA3_VOCABULARY, intermediate_size
-from .names import EMBEDDING, HEAD, find, rename, rotated_heads
+from .meta import LENGTHS, LLAMA3_VOCABULARY, intermediate_size
+from .names import EMBEDDING, FREQUENCIES, HEAD, find, rename, rotated_heads
 from .stored import Stored, release
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class MetaShard:
         sources = {}
         for name in self.checkpoint.tensors:
             renamed = rename(name, "hugging_face", "meta")
-            if name.endswith("rotary_emb.inv_freq"):
+            if name.endswith(FREQUENCIES):
                 continue
             if renamed is None or name.endswith(".bias"):
                 raise ValueError(f"{self.checkpoint.path}: {name} cannot be stored in Meta's layout")
@@ -134,7 +134,8 @@ def params_json(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         **_feed_forward(said.hidden_size, said.intermediate_size),
     }
     # The code of each LLaMA version rejects the keys of later ones, so defaults are left out.
-    if said.num_key_value_heads != said.num_attention_heads:
+    first = said.max_position_embeddings <= LENGTHS["1"]  # n_kv_heads tells the float16 files of Llama 2 from LLaMA 1's
+    if said.num_key_value_heads != said.num_attention_heads or not first:
         out["n_kv_heads"] = said.num_key_value_heads
     if rope["rope_theta"] != 10000 or said.vocab_size > LLAMA3_VOCABULARY:
         out["rope_theta"] = rope["rope_theta"]

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 Layout = Literal["hugging_face", "meta", "gguf"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FREQUENCIES = "rotary_emb.inv_freq"  # the end of a buffer's name in folders written by old transformers; never needed
 
 
 class Row(NamedTuple):

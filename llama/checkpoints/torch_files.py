@@ -33,7 +33,8 @@ class TorchFile:
             self.tensors = {name: Stored(_numpy_dtype(t.dtype), tuple(t.shape)) for name, t in data.items()}
         except Exception as error:  # unpickling raises all kinds of exceptions
             # PyTorch's own message recommends to execute what is in the file
-            reason = "" if isinstance(error, UnpicklingError) else f" ({error or type(error).__name__})"
+            said = str(error).splitlines()[:1] or [type(error).__name__]
+            reason = "" if isinstance(error, UnpicklingError) else f" ({said[0]})"
             raise ValueError(f"{path} is damaged or holds more than tensors{reason}; download it again") from error
 
     def read(self, name: str) -> np.ndarray:
