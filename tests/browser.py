@@ -1,8 +1,8 @@
-"""Look at a page in a real browser, Chromium as Qt ships it. A script of its own: what it imports is in .venv/browser.
+"""Load a page in a real browser (Qt WebEngine's Chromium). Run as a script; its dependencies are in .venv/browser.
 
     python tests/browser.py page.html light|dark picture.png 'an expression in JavaScript'
 
-Prints one line of JSON: what the expression gives, every address the page asked for, and what the console said.
+Prints one line of JSON: the expression's value, every URL that the page requested, and the console messages.
 """
 
 import json
@@ -11,8 +11,8 @@ import sys
 
 os.environ |= {"QT_QPA_PLATFORM": "offscreen", "QT_QUICK_BACKEND": "software"}
 path, style, picture, expression = sys.argv[1:]
-scheme = ("dark", "light").index(style)  # as the reader's system would say
-flags = f"--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={scheme}"  # root may not have the sandbox
+scheme = ("dark", "light").index(style)  # stands in for the system's preference
+flags = f"--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={scheme}"  # no sandbox as root
 os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = flags
 
 from PyQt6.QtCore import QTimer, QUrl  # noqa: E402
@@ -44,7 +44,7 @@ view.resize(1200, 1600)
 def look(loaded):
     def end(result):
         found["loaded"], found["result"] = loaded, result
-        QTimer.singleShot(500, photograph)  # when what was laid out is painted
+        QTimer.singleShot(500, photograph)  # give the layout time to be painted
 
     page.runJavaScript(expression, end)
 

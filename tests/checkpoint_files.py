@@ -1,4 +1,4 @@
-"""Small checkpoints of both formats, written for the tests."""
+"""Write small checkpoints in both formats for the tests."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ GGUF_NAMES = {
 
 
 def write_gguf(path: Path, params: dict, fields=FIELDS, quantisation=gguf.GGMLQuantizationType.F32, extra=None) -> Path:
-    """As llama.cpp's converter does: other names, the rows of q and k in interleaved pairs."""
+    """Write it as llama.cpp's converter does: GGUF names, the rows of q and k in interleaved pairs."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(fields["num_hidden_layers"])
     writer.add_embedding_length(fields["hidden_size"])
@@ -92,7 +92,7 @@ def write_gguf(path: Path, params: dict, fields=FIELDS, quantisation=gguf.GGMLQu
 
 
 def write_chat_model(path: Path) -> Path:
-    """A model of random weights that talks in bytes, without end: 256 byte tokens, <|user|>, <|end|>."""
+    """Write a model with random weights that emits bytes endlessly: 256 byte tokens, <|user|>, <|end|>."""
     from tokenizers import pre_tokenizers
 
     fields = FIELDS | {"vocab_size": 258, "max_position_embeddings": 100_000}

@@ -2,24 +2,24 @@ import os
 import signal
 import sys
 
-GPU = "--gpu" in sys.argv  # kernels run on the GPU; otherwise in Triton's interpreter, which is told before any import
+GPU = "--gpu" in sys.argv  # run kernels on the GPU; otherwise in Triton's interpreter, selected before any import
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with matrices this small, threads only add contention
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle reads local files only
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit an ignored SIGINT
 
 from pathlib import Path  # noqa: E402
 
 import jaxtyping  # noqa: E402
 
-# Shapes in the reference's annotations are executed: every call in every test checks them. Only `Config` looks after
-# itself, and is left to, so that its own errors can be tested.
+# Enforce the shapes in the reference's annotations on every call in every test. `Config` is excluded: it validates
+# itself, and its own errors are tested.
 modules = {path.stem for path in (Path(__file__).parent.parent / "reference").glob("*.py")} - {"__init__", "config"}
 jaxtyping.install_import_hook(
     [f"llama.reference.{name}" for name in modules],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # accept an int where a float is annotated
 )
 
 import pytest  # noqa: E402
@@ -30,10 +30,10 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
 torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()  # it remarks on every drawn configuration
+transformers.logging.set_verbosity_error()  # it warns about every generated configuration
 
 
-FIRST = ("test_static", "test_packaging")  # the longest: with several processes they would be what is waited for
+FIRST = ("test_static", "test_packaging")  # the slowest files: parallel runs start with them
 
 
 def pytest_addoption(parser):
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The folder of SmolLM2-135M-Instruct, fetched once."""
+    """The folder of SmolLM2-135M-Instruct, downloaded once."""
     from llama.checkpoints import fetch
 
     return fetch("smollm2")

@@ -1,17 +1,17 @@
-"""A Gluon kernel's own source, run in NumPy with everything Hopper does behind a program's back.
+"""Run a Gluon kernel's source in NumPy, emulating Hopper's asynchronous operations.
 
-Gluon has no interpreter. Here its functions run as the Python they are, with NumPy's arrays for tensors; layouts, which
-only say where numbers lie, count for nothing. The parts of a `warp_specialize` take turns at random, and so do TMA's
-loads, which land late. What would be undefined on a GPU is an error here:
+Gluon has no interpreter. Here its functions run as plain Python on NumPy arrays; layouts are ignored. The partitions of
+a `warp_specialize` ("parts") and the completion of TMA loads are interleaved at random. Undefined behaviour on a GPU is
+an error here:
 
-- a load into a place that a product is still reading, or another load still filling;
-- a product that reads a place being filled, or written by a thread without the fence between;
-- the result of a product that nobody has waited for;
-- one arrival too many at a barrier; parts that wait for ever; an address outside of a tensor;
-- a 32-bit scalar that overflows. Its `//` and `%` round towards zero, as the compiler's do.
+- a load into a buffer that a matrix product is still reading or another load is still filling;
+- a product that reads a buffer while it is being filled, or after a thread has written it without a fence;
+- use of a product's result without waiting for it;
+- one arrival too many at a barrier, a deadlock, or an address outside its tensor;
+- overflow of a 32-bit scalar. Its `//` and `%` round towards zero, as the compiler's do.
 
-A part is one thread here, four warps there: that a warpgroup's warps meet before one of them arrives at a barrier is
-the compiler's doing (`test_static.py` looks). Nothing here says that the GPU agrees.
+A part is one thread here but four warps on the GPU: the compiler must synchronise a warpgroup's warps before one of
+them arrives at a barrier (checked in `test_static.py`). None of this proves that the GPU agrees.
 """
 
 import random
@@ -27,11 +27,11 @@ from triton.experimental.gluon import language as real_gl
 
 
 class Broken(AssertionError):
-    """What the hardware would leave undefined, or never finish."""
+    """Undefined behaviour on the hardware, or a deadlock."""
 
 
 class Stopped(BaseException):
-    """Another part failed."""
+    """Raised in the remaining parts once one has failed."""
 
 
 def check(holds: bool, words: str) -> None:
@@ -40,12 +40,12 @@ def check(holds: bool, words: str) -> None:
 
 
 class Int(int):
-    """A scalar of 32 bits, or, after `.to(int64)`, of 64."""
+    """A 32-bit scalar, or a 64-bit one after `.to(int64)`."""
 
     bits = 32
 
     def __new__(cls, value: int, bits: int = 32) -> "Int":
-        check(-(2 ** (bits - 1)) <= value < 2 ** (bits - 1), f"{value} has no {bits} bits")
+        check(-(2 ** (bits - 1)) <= value < 2 ** (bits - 1), f"{value} does not fit in {bits} bits")
         self = super().__new__(cls, value)
         self.bits = bits
         return self
@@ -82,7 +82,7 @@ for _name, _compute in {
 
 
 class Tensor(np.ndarray):
-    """What lies in registers."""
+    """A tensor in registers."""
 
     def to(self, dtype: Any) -> "Tensor":
         return tensor(self.astype(_dtype(dtype)))
@@ -95,13 +95,13 @@ def tensor(x: Any) -> Tensor:
 
 
 def _dtype(dtype: Any) -> Any:
-    """Whole numbers have 64 bits: what overflows shows in the address."""
+    """Return the NumPy dtype; int64 for all integers, so that an overflow shows up as a bad address."""
     names = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
     return names.get(getattr(dtype, "name", None), np.int64) if hasattr(dtype, "primitive_bitwidth") else dtype
 
 
 class Pointer:
-    """Into a tensor's storage; the sum with whole numbers, or tensors of them, is another."""
+    """A pointer into a tensor's storage; adding an integer or a tensor of integers gives another."""
 
     def __init__(self, memory: np.ndarray, at: Any = 0) -> None:
         self.memory, self.at = memory, at
@@ -113,12 +113,12 @@ class Pointer:
     def places(self, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         at, mask = np.broadcast_arrays(np.asarray(self.at, np.int64), True if mask is None else mask)
         inside = (at >= 0) & (at < len(self.memory))
-        check(bool((inside | ~mask).all()), "an address outside of its tensor")
+        check(bool((inside | ~mask).all()), "an address is outside its tensor")
         return np.where(mask, at, 0), mask
 
 
 def as_numpy(x: torch.Tensor) -> np.ndarray:
-    """x's own numbers, in its own layout: a view."""
+    """Return x as a NumPy view that shares its memory and strides."""
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return x.numpy()
@@ -130,7 +130,7 @@ def storage(x: torch.Tensor) -> np.ndarray:
 
 
 class Descriptor:
-    """Boxes of a tensor for TMA; zeros beyond its edges."""
+    """A TMA descriptor: boxes of a tensor, filled with zeros beyond its edges."""
 
     def __init__(self, given: Any) -> None:
         self.whole, self.box, self.layout = as_numpy(given.base), given.block_shape, given.layout
@@ -149,19 +149,19 @@ class Descriptor:
 
 
 class Place:
-    """A place in shared memory that one load fills; full of NaN until then."""
+    """A shared-memory buffer that a single load fills; all NaN until then."""
 
     def __init__(self, dtype: Any, shape: list[int]) -> None:
         self.data = np.full(shape, np.nan, dtype)
         self.filling, self.readers = False, 0
-        self.unfenced: set[object] = set()  # parts that wrote here
+        self.unfenced: set[object] = set()  # parts with writes not yet fenced
 
     def check_readable(self) -> None:
-        check(not self.filling, "a place is read while a load fills it")
+        check(not self.filling, "a buffer is read while a load fills it")
 
 
 class View:
-    """A place, or part of it, as a kernel sees it."""
+    """A kernel's view of a buffer, or of part of one."""
 
     def __init__(self, machine: "Machine", place: Place, data: np.ndarray) -> None:
         self.machine, self.place, self.data = machine, place, data
@@ -183,7 +183,7 @@ class View:
     def store(self, value: np.ndarray) -> None:
         self.machine.switch()
         self.place.check_readable()
-        check(not self.place.readers, "a place is written while a product reads it")
+        check(not self.place.readers, "a buffer is written while a product reads it")
         self.place.unfenced.add(self.machine.part())
         self.data[...] = value
 
@@ -198,7 +198,7 @@ class Places:
 
 
 class Barrier:
-    """mbarrier: it waits for `count` arrivals and all bytes expected, then turns to its next phase."""
+    """An mbarrier: after `count` arrivals and all expected bytes, it flips to its next phase."""
 
     def __init__(self) -> None:
         self.count, self.pending, self.bytes, self.parity = 0, 0, 0, 0
@@ -219,7 +219,7 @@ class Barriers(list):
 
 
 class Promise:
-    """A product under way."""
+    """An asynchronous matrix product in flight."""
 
     def __init__(self, value: np.ndarray, places: list[Place]) -> None:
         self.value, self.places, self.done = value, places, False
@@ -236,7 +236,7 @@ class Promise:
 
 
 class Machine:
-    """One program: its shared memory, its parts as threads of which one runs at a time, and what is under way."""
+    """One program: its shared memory, its parts (threads that run one at a time) and operations in flight."""
 
     def __init__(self, program: int, programs: int, seed: int) -> None:
         self.program, self.programs, self.random = program, programs, random.Random(seed)
@@ -257,9 +257,9 @@ class Machine:
             self.turns[me].acquire()
             try:
                 if self.failure is None:
-                    with np.errstate(all="ignore"):  # a GPU is silent, and -∞ is meant
+                    with np.errstate(all="ignore"):  # a GPU gives no warnings, and -∞ is intended
                         function(*arguments)
-                    check(not self.products.get(me), "a part ends with products under way")
+                    check(not self.products.get(me), "a part ends with products in flight")
             except Stopped:
                 pass
             except BaseException as failed:
@@ -276,12 +276,12 @@ class Machine:
         for thread in threads:
             thread.join()
         if self.failure is None and self.loads:
-            self.failure = Broken("the program ends with loads under way")
+            self.failure = Broken("the program ends with loads in flight")
         if self.failure is not None:
             raise self.failure
 
     def hand_over(self) -> None:
-        """Let somebody go on: a part that can, or a load, which lands."""
+        """Resume a runnable part or complete a pending load, chosen at random."""
         while True:
             if not self.turns:
                 self.finished.set()
@@ -302,7 +302,7 @@ class Machine:
 
     def switch(self, until: Callable[[], bool] | None = None) -> None:
         me = self.part()
-        if me not in self.turns:  # before the parts begin there is one thread
+        if me not in self.turns:  # before the parts start there is only one thread
             return
         if until is not None:
             self.blocked[me] = until
@@ -311,7 +311,7 @@ class Machine:
         if self.failure is not None:
             raise Stopped
 
-    # What kernels call
+    # Called by kernels
 
     def allocate_shared_memory(self, dtype: Any, shape: list[int], layout: Any) -> Any:
         if dtype == real_gl.int64:
@@ -338,9 +338,9 @@ class Machine:
     def load_by_tma(self, descriptor: Descriptor, corner: list[int], barrier: Barrier, view: View) -> None:
         self.switch()
         place = view.place
-        check(not place.filling, "two loads fill one place")
-        check(not place.readers, "a load fills a place that a product reads")
-        check(not place.unfenced, "a load fills a place that was written without a fence")
+        check(not place.filling, "two loads fill one buffer")
+        check(not place.readers, "a load fills a buffer that a product reads")
+        check(not place.unfenced, "a load fills a buffer that was written without a fence")
         place.filling, place.data[...] = True, np.nan
         box = descriptor.read([int(at) for at in corner])
 
@@ -373,7 +373,7 @@ class Machine:
         return values[0] if len(values) == 1 else tuple(values)
 
     def fence(self) -> None:
-        """Of this part's writes; the other parts hear of them by a barrier."""
+        """Fence this part's writes; a barrier makes them visible to the other parts."""
         for place in self.places:
             place.unfenced.discard(self.part())
 
@@ -402,7 +402,7 @@ def _count(*bounds: int) -> Iterator[Int]:
 
 
 def namespace(machine: Machine, kernel: Any, watched: dict[str, Callable[..., None]]) -> dict[str, Any]:
-    """The kernel's module, with this machine for Gluon and plain Python for jit functions."""
+    """Return the kernel's globals, with Gluon replaced by this machine and jit functions by plain Python."""
     ignored = dict.fromkeys(("SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout"),
                             lambda *arguments: None)  # fmt: skip
     gl = types.SimpleNamespace(
@@ -446,9 +446,9 @@ def python(jit: Any, scope: dict[str, Any]) -> Callable[..., Any]:
 
 
 class Emulated:
-    """In a kernel's place: `kernel[grid](...)` runs it here, program after program.
+    """Stands in for a kernel: `kernel[grid](...)` runs its programs one after another.
 
-    watched: functions that are told, after each call of the jit function of their name, what came of it and was given.
+    watched: callbacks by name of a jit function, called after it with its result and its arguments.
     """
 
     def __init__(self, kernel: Any, seed: int = 0, watched: dict[str, Callable[..., None]] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of our own on localhost: the endpoints that huggingface_hub asks, and what they were asked."""
+"""A fake Hugging Face Hub on localhost: the endpoints that huggingface_hub uses, and a log of requests."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """Commits by their branch or tag. A gated or private one answers those who send its token."""
+    """A repository: the files of each branch or tag. If gated or private, its token is required."""
 
     branches: dict[str, dict[str, bytes]]
     gated: str | None = None
     private: str | None = None
-    cut: dict[str, list[int]] = field(default_factory=dict)  # file -> bytes after which its next answers break off
+    cut: dict[str, list[int]] = field(default_factory=dict)  # file -> bytes after which its next responses are cut
 
     def commit(self, revision):
-        """(the commit's hash, its files), or None."""
+        """Return (commit hash, files), or None."""
         for name, files in self.branches.items():
             contents = b"".join(path.encode() + data for path, data in sorted(files.items()))
             digest = hashlib.sha1(contents).hexdigest()
@@ -48,12 +48,12 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def downloaded(self):
-        """The files that were sent, in order."""
+        """The files requested with GET, in order."""
         return [path.split("/resolve/")[1].split("/", 1)[1] for method, path, *_ in self.log if "/resolve/" in path
                 and method == "GET"]  # fmt: skip
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is no error here."""
+        """Ignore clients that disconnect."""
 
 
 @contextmanager
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization")
         if path.startswith("/api/") and not path.startswith("/api/models/"):
-            return self.refuse(404, None, "what the library asks for itself, of no model")
+            return self.refuse(404, None, "no such endpoint")
         self.server.log.append((self.command, path, self.headers.get("Range"), token))
         parts = path.removeprefix("/api/models").strip("/").split("/")
         repository = self.server.repositories.get("/".join(parts[:2]))

@@ -1,6 +1,6 @@
-"""What Triton's interpreter makes of bfloat16 and of 1 / 0.
+"""Probe how Triton's interpreter handles bfloat16 and 1 / 0.
 
-Run as a program it asks the interpreter as Triton ships it; `test_interpreter.py` asks the mended one.
+Run as a script, this probes the interpreter as Triton ships it; `test_interpreter.py` probes the patched one.
 """
 
 import json
@@ -51,14 +51,14 @@ def _count_kernel(n_ptr, y_ptr):
 
 
 def every_bfloat16() -> torch.Tensor:
-    """Each of the 65536, and beside each what lies just above it, just below the tie, on it, and just above it."""
+    """Return all 65,536 bfloat16 values with float32 neighbours: just above each, and around its rounding tie."""
     high = np.arange(2**16, dtype=np.uint32) << 16
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xC000, 0xFFFF, 0x4000], np.uint32)
     return torch.from_numpy((high[:, None] | low).reshape(-1).view(np.float32))
 
 
 def wrongly_rounded() -> int:
-    """How many float32 numbers come out as another bfloat16 than PyTorch's."""
+    """Count the float32 numbers rounded to a different bfloat16 than PyTorch's."""
     x = every_bfloat16()
     y = torch.zeros(len(x), dtype=torch.bfloat16)
     _convert_kernel[(1,)](x, y, N=len(x))
@@ -75,7 +75,7 @@ def wrongly_widened() -> int:
 
 
 def wrong_products(dtype: torch.dtype = torch.bfloat16) -> int:
-    """Of small integers, whose products and sums are exact."""
+    """Count the wrong elements of a product of small integers, which is exact."""
     rng = np.random.default_rng(0)
     a, b = (torch.tensor(rng.integers(-8, 9, (32, 32))).to(dtype) for _ in range(2))
     c = torch.zeros(32, 32)
@@ -84,14 +84,14 @@ def wrong_products(dtype: torch.dtype = torch.bfloat16) -> int:
 
 
 def silent_numbers() -> list[float]:
-    """1 / 0, log 0, e^∞ and the largest of nothing but NaN."""
+    """Compute 1 / 0, log 0, e^∞ and the maximum of nothing but NaN."""
     y = torch.zeros(4)
     _silent_kernel[(1,)](torch.zeros(8), y, N=8)
     return y.tolist()
 
 
 def counted(n: int) -> int:
-    """Σ_{i < n} i with a loop as long as a number in memory says."""
+    """Compute Σ_{i < n} i in a loop whose trip count is loaded from memory."""
     y = torch.zeros(1, dtype=torch.int32)
     _count_kernel[(1,)](torch.tensor([n], dtype=torch.int32), y)
     return int(y)

@@ -1,6 +1,6 @@
-"""Small checkpoints in Meta's layout, written for the tests with torch alone, by the formulas of Meta's own code.
+"""Write small checkpoints in Meta's layout for the tests, with torch alone, by the formulas of Meta's own code.
 
-What is permuted and how shards are cut is said here a second time on purpose: the product is held against it.
+The permutation and the sharding are deliberately implemented a second time here, to test the library against.
 """
 
 import json
@@ -13,7 +13,7 @@ from checkpoint_files import FIELDS
 
 from llama import reference
 
-INSIDE = {  # Hugging Face's name in a layer, Meta's, and the axis that shards are cut along
+INSIDE = {  # Hugging Face's name within a layer: Meta's name and the axis of sharding
     "self_attn.q_proj": ("attention.wq", 0),
     "self_attn.k_proj": ("attention.wk", 0),
     "self_attn.v_proj": ("attention.wv", 0),
@@ -27,13 +27,13 @@ INSIDE = {  # Hugging Face's name in a layer, Meta's, and the axis that shards a
 
 
 def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows from Hugging Face's halves to Meta's pairs: row i of a head to 2i, row i + D/2 to 2i + 1."""
+    """Permute rows from Hugging Face's halves to Meta's pairs: in each head, row i to 2i and row i + D/2 to 2i + 1."""
     rows, width = weight.shape
     return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def shard_tensors(params: dict, fields: dict, shards: int, embedding_axis: int) -> list[dict[str, torch.Tensor]]:
-    """What each shard holds of a model given in Hugging Face's names and layout."""
+    """Return the tensors of each shard of a model given in Hugging Face's names and layout."""
     heads, kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads", fields["num_attention_heads"])
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     for name, tensor in params.items():
@@ -51,18 +51,18 @@ def shard_tensors(params: dict, fields: dict, shards: int, embedding_axis: int) 
             tensor = pairs(tensor, kv_heads)
         if stem.endswith(("k_proj", "v_proj")) and kv_heads < shards:
             tensor = tensor.view(kv_heads, -1, tensor.shape[1]).repeat_interleave(shards // kv_heads, 0)
-            tensor = tensor.flatten(0, 1)  # every head as often as there are shards for it
+            tensor = tensor.flatten(0, 1)  # repeat each head for the shards that share it
         parts = [tensor] * shards if axis is None else tensor.chunk(shards, axis)
         for shard, part in zip(out, parts, strict=True):
             shard[f"{meta}.weight"] = part.clone()
     head_dim = len(params["model.layers.0.self_attn.q_proj.weight"]) // heads
     for shard in out:
-        shard["rope.freqs"] = torch.arange(head_dim // 2, dtype=torch.float32)  # only Llama 1 and 2 have it
+        shard["rope.freqs"] = torch.arange(head_dim // 2, dtype=torch.float32)  # present in Llama 1 and 2 only
     return out
 
 
 def params_json(fields: dict) -> dict:
-    """params.json as Llama 2's; `multiple_of` is the intermediate size itself, which makes the formula give it."""
+    """Return params.json as in Llama 2; `multiple_of` makes the formula yield the intermediate size."""
     said = {
         "dim": fields["hidden_size"],
         "multiple_of": fields["intermediate_size"],
@@ -94,8 +94,8 @@ def write_meta(
     Args:
         params: arrays or tensors under Hugging Face's names; they are cast to `dtype`.
         embedding_axis: 1 as in Llama 1 and 2, 0 as in Llama 3.
-        said: more for params.json; None takes an entry out.
-        tokenizer: a tokenizer.model to put beside.
+        said: further entries of params.json; None removes one.
+        tokenizer: a tokenizer.model to copy into the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: (torch.tensor(t) if isinstance(t, np.ndarray) else t).to(dtype) for n, t in params.items()}
@@ -111,7 +111,7 @@ def write_meta(
 def write_hollow_meta(
     folder: Path, fields: dict, shards: int, dtype: torch.dtype, embedding_axis: int = 1, said: dict | None = None
 ) -> Path:
-    """A checkpoint of any size whose weights are holes in its files: as long as the real one, and next to no disk."""
+    """Write a checkpoint of any size as sparse files: as long as the real ones, with next to no disk usage."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         shapes = reference.parameter_shapes(reference.Config.from_dict(fields))

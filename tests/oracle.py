@@ -1,4 +1,4 @@
-"""transformers' LLaMA with weights that show every mistake, and its parameters as NumPy arrays."""
+"""transformers' LLaMA, with weights that expose mistakes, and its parameters as NumPy arrays."""
 
 import copy
 
@@ -13,7 +13,7 @@ def transformers_config(fields: dict, **more) -> LlamaConfig:
 
 
 def transformers_model(fields: dict, seed: int, cls=LlamaForCausalLM, **more):
-    """A model with weights so large that attention is sharp, gains off 1 and biases off 0; and its `params`."""
+    """Return a model and its `params`: weights large enough for sharp attention, norm weights ≠ 1, biases ≠ 0."""
     torch.manual_seed(seed)
     model = cls(transformers_config(fields, **more)).eval()
     with torch.no_grad():
@@ -36,23 +36,23 @@ def as_float64(params: dict) -> dict:
 
 
 def miss(ours, theirs) -> float:
-    """The largest difference, relative to the largest number."""
+    """Return the largest absolute difference, relative to the largest magnitude in `theirs`."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)) if ours.size else 0.0
 
 
 def both_models(fields: dict, seed: int, kind: str = "LlamaForCausalLM", attn_implementation=None, **more):
-    """(ours, transformers') of one class, with the same weights; `more` are further fields of the configuration."""
+    """Return (ours, transformers') of one class with the same weights; `more` are further config fields."""
     import llama
 
     theirs, _ = transformers_model(fields, seed, getattr(transformers, kind), **more)
     config = llama.LlamaConfig(**copy.deepcopy(fields), **more, attn_implementation=attn_implementation)
     ours = getattr(llama, kind)(config).eval()
-    ours.load_state_dict(theirs.state_dict())  # strict: names and shapes are the same
+    ours.load_state_dict(theirs.state_dict())  # strict: names and shapes must match
     return ours, theirs
 
 
 def counted_positions(ids, mask) -> torch.Tensor:
-    """Where the tokens stand if padding does not count: what generate makes of a mask, and our forward."""
+    """Return position ids that skip padding, as `generate` and our forward derive them from the mask."""
     return torch.tensor(np.maximum(np.cumsum(np.ones_like(ids) if mask is None else mask, axis=1) - 1, 0))

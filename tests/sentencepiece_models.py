@@ -1,4 +1,4 @@
-"""SentencePiece models with the settings of Llama's own, whose file is not free to pass on."""
+"""SentencePiece models trained with Llama's settings, whose own file may not be redistributed."""
 
 import hashlib
 import io
@@ -15,13 +15,13 @@ import sentencepiece
 from filelock import FileLock
 from tokenizer_texts import corpus
 
-RUNS = ["▁" * length for length in range(1, 17)]  # Llama's own model has them all
-WORST = -1e9  # and this is their score there: they merge last, and none before another
+RUNS = ["▁" * length for length in range(1, 17)]  # all of them are in Llama's own model
+WORST = -1e9  # their score there: merged last, none before another
 NORMAL = 1  # the type of a piece that is neither a byte nor special
 
 
 def train(texts: Iterable[str] | None = None, vocab_size: int = 2000, **more) -> bytes:
-    """A model file: BPE, bytes for what no piece covers, digits one by one, no normalization, spaces kept."""
+    """Train a model file: BPE with byte fallback, single digits, no normalization, spaces preserved."""
     model = io.BytesIO()
     settings = dict(
         model_type="bpe",
@@ -48,12 +48,12 @@ def train(texts: Iterable[str] | None = None, vocab_size: int = 2000, **more) ->
 
 @cache
 def llama_like() -> bytes:
-    """The model that tests share, trained once in a process."""
+    """The model that the tests share, trained once per process."""
     return train()
 
 
 def with_runs(model: bytes) -> bytes:
-    """`model` with all RUNS, each with the score WORST; those it lacks take the places of its last merged pieces."""
+    """Return `model` with all RUNS at score WORST; missing ones replace its last merged pieces."""
     found = [Piece(value) for number, value, _ in fields(model) if number == 1]
     lacking = [run for run in RUNS if run not in {piece.text for piece in found}]
     merged = [piece for piece in found if piece.type == NORMAL and len(piece.text) > 1 and piece.text not in RUNS]
@@ -67,7 +67,7 @@ def with_runs(model: bytes) -> bytes:
 
 
 class Piece:
-    """A message of three fields: the text, its score, its type."""
+    """A protobuf message of three fields: text, score and type."""
 
     def __init__(self, message: bytes):
         said = {number: value for number, value, _ in fields(message)}
@@ -80,7 +80,7 @@ class Piece:
 
 
 def field(number: int, contents: bytes) -> bytes:
-    """A protobuf field of bytes."""
+    """Encode a length-delimited protobuf field."""
     size, length = bytearray(), len(contents)
     while length > 127:
         size.append(length & 127 | 128)
@@ -89,7 +89,7 @@ def field(number: int, contents: bytes) -> bytes:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """(number, value or contents, all its bytes) of each field of a protobuf message."""
+    """Yield (number, value or contents, encoded bytes) for each field of a protobuf message."""
 
     def number(at: int) -> tuple[int, int]:
         value = shift = 0
@@ -111,7 +111,7 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
         yield tag >> 3, value, message[begin:at]
 
 
-# A model of the same kind with 32,000 pieces, Apache-2.0, inside a package that is downloaded and never installed.
+# A model of the same kind with 32,000 pieces (Apache-2.0), from a package that is downloaded but never installed.
 PACKAGE = "mistral-common==1.13.1"
 WHEEL = "mistral_common-1.13.1-py3-none-any.whl"
 MEMBER = "mistral_common/data/tokenizer.model.v1"
@@ -119,7 +119,7 @@ SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"  # o
 
 
 def fetched() -> Path:
-    """The file of a model trained on much real text, downloaded once by pip and kept where fetched models are."""
+    """Return the path of a model trained on real text, downloaded once with pip into our cache."""
     from llama.checkpoints.fetch import cache_folder
 
     out = cache_folder() / "mistral-common" / "tokenizer.model"
@@ -132,6 +132,6 @@ def fetched() -> Path:
             )
             with zipfile.ZipFile(Path(work, WHEEL)) as archive:
                 model = Path(archive.extract(MEMBER, work))
-            assert hashlib.sha256(model.read_bytes()).hexdigest() == SHA256, f"{PACKAGE} is not what it was"
+            assert hashlib.sha256(model.read_bytes()).hexdigest() == SHA256, f"{PACKAGE} has changed"
             model.rename(out)
     return out

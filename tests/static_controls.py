@@ -1,4 +1,4 @@
-"""Kernels made wrong on purpose, one JSON record each: what `test_static.py` needs to trust its own eyes."""
+"""Print one JSON record for each of several deliberately bad kernels: negative controls for `test_static.py`."""
 
 import json
 from unittest.mock import patch

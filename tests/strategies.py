@@ -1,4 +1,4 @@
-"""What hypothesis draws: configurations over everything a LLaMA config may say, batches with padding."""
+"""Hypothesis strategies: configurations covering every LLaMA config option, and padded batches."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @st.composite
 def rope_parameters(draw, head_dim: int, max_position_embeddings: int, kinds=None) -> dict:
-    """RoPE of every type; originals below and at the maximum, so that short texts cross them."""
+    """Draw RoPE of every type; original lengths at or below the maximum, so that short texts exceed them."""
     kind = draw(st.sampled_from(kinds or ["default", "linear", "dynamic", "yarn", "longrope", "llama3"]))
     rope = {"rope_type": kind, "rope_theta": draw(st.sampled_from([100.0, 10000.0, 5e5]))}
     original = draw(st.sampled_from([max_position_embeddings // 4, max_position_embeddings]))
@@ -45,7 +45,7 @@ def rope_parameters(draw, head_dim: int, max_position_embeddings: int, kinds=Non
 
 @st.composite
 def configs(draw, kinds=None) -> dict:
-    """Small models: MHA, GQA and MQA, head_dim free of hidden_size, biases, tied or not, every RoPE type."""
+    """Draw small models: MHA, GQA, MQA, head_dim independent of hidden_size, biases, tied weights, every RoPE type."""
     kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
     heads = kv_heads * group
     head_dim = draw(st.sampled_from([4, 6, 8, 16]))
@@ -71,7 +71,7 @@ def configs(draw, kinds=None) -> dict:
 
 @st.composite
 def batches(draw, vocab_size: int, max_length: int = 24, sides=("none", "left", "right")) -> tuple:
-    """(input_ids, attention_mask or None): up to three rows, padded on one side, each with a real token at least."""
+    """Draw (input_ids, attention_mask or None): up to 3 rows, padded on one side, each with at least one real token."""
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, max_length))
     rng = np.random.default_rng(draw(SEEDS))
     ids = rng.integers(0, vocab_size, (rows, length))

@@ -1,6 +1,6 @@
-"""`llama.accelerate`: transformers' Llama computes on our kernels, gives what it gave, and is given back as it was.
+"""`llama.accelerate`: transformers' Llama runs on our kernels with the same results, and can be restored.
 
-The kernels run in Triton's interpreter, or on a GPU. A kernel that was not called has proved nothing: they are counted.
+The kernels run in Triton's interpreter, or on a GPU. Their calls are counted to prove that they ran.
 """
 
 import copy
@@ -30,7 +30,7 @@ from transformers.models.llama import modeling_llama
 import llama
 from llama import acceleration
 
-# What peft has to say of transformers' model as well.
+# Warnings that peft also raises for transformers' model.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -51,20 +51,20 @@ def make(start: str = "sdpa", cls: type = LlamaForCausalLM, seed: int = 0, **mor
 
 
 def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal but for the order of float32 sums: 2e-5 of the largest number, of which a layer loses some 1e-6."""
+    """Assert equality up to float32 summation order: 2e-5 of the largest number; a layer loses about 1e-6."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
 
 @torch.no_grad()
 def logits(model, mask=None, ids=IDS, **more) -> torch.Tensor:
-    """Those of the tokens that are not padding."""
+    """Return the logits of the tokens that are not padding."""
     out = model(input_ids=ids, attention_mask=mask, **more).logits
     return out.flatten(0, 1) if mask is None else out[mask[:, -ids.shape[1] :].bool()]
 
 
 class Calls(list):
-    """The kernels' names, as they are called."""
+    """The names of the kernels in the order of their calls."""
 
     def __enter__(self):
         self.clear()
@@ -92,7 +92,7 @@ def calls(counted):
     return counted
 
 
-# --- the same results, on the kernels ---
+# --- equal results on the kernels ---
 
 
 @pytest.mark.parametrize("start", ["sdpa", "eager"])
@@ -134,7 +134,7 @@ def test_logits_are_equal_for_any_configuration(counted, data, seed, start, back
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_rounded_as_before(calls, dtype, backend):
-    """To 2 units in the last place of the largest number, after two layers; norms may stay in float32."""
+    """Within 2 ulps of the largest number after two layers; norms may stay in float32."""
     model = make().to(dtype)
     model.model.norm.float()
     model.lm_head.float()
@@ -185,7 +185,7 @@ def test_generated_texts_are_equal(calls, start, mask, more):
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["none", "left"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_text_is_read_in_chunks(calls, start, mask, static):
-    """Of a static cache the second chunk's place is on the device, and transformers' own attention takes it."""
+    """With a static cache the second chunk's position is on the device, so transformers' own attention runs."""
     model = make(start)
 
     def read() -> torch.Tensor:
@@ -234,12 +234,12 @@ def test_heads_of_every_kind(calls):
         assert calls.count("flash_attention") == 2, cls
 
 
-# --- what the kernels cannot do, transformers does ---
+# --- fallbacks to transformers' own code ---
 
 
 def test_auto_changes_no_bit_without_a_gpu(calls):
     if GPU:
-        pytest.skip("there is one")
+        pytest.skip("a GPU is present")
     for start in ("sdpa", "eager"):
         model = make(start)
         before = [logits(model, mask) for mask in (None, ONES, LEFT)]
@@ -294,7 +294,7 @@ def test_masks_of_four_axes_and_packed_texts_are_transformers_own(calls, start):
 
 @torch.no_grad()
 def test_a_layer_called_without_a_mask_means_what_it_meant():
-    """To transformers' eager attention that is no mask at all, to its SDPA the causal one."""
+    """transformers' eager attention then applies no mask at all, its SDPA the causal one."""
     x = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     outs = []
     for start in ("sdpa", "eager"):
@@ -330,7 +330,7 @@ def test_dropout_and_other_scales_are_transformers_own(calls, start):
 
 
 def test_a_window_of_the_cache_is_kept():
-    """`DynamicCache` drops what is behind `sliding_window`, if a configuration names one."""
+    """`DynamicCache` drops what is beyond `sliding_window`, if the configuration sets one."""
     model = make(sliding_window=4)
     before = model.generate(IDS, attention_mask=LEFT, **WRITE)
     with llama.accelerate(model, "triton"):
@@ -342,7 +342,7 @@ def test_a_window_of_the_cache_is_kept():
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
 def test_training_is_transformers_own_and_said_once(calls, start, backend):
     if backend == "auto" and GPU:
-        pytest.skip("as triton")
+        pytest.skip("the same as triton")
     model = make(start).train()
 
     def gradients() -> list:
@@ -355,7 +355,7 @@ def test_training_is_transformers_own_and_said_once(calls, start, backend):
         said = pytest.warns(UserWarning, match="no backward pass yet") if backend == "triton" else nullcontext()
         with said:
             after = gradients()
-        gradients()  # warnings are errors
+        gradients()  # a second warning would be an error
         if backend == "torch":
             for ours, theirs in zip(after, before, strict=True):
                 near(ours, theirs)
@@ -392,7 +392,7 @@ def test_another_attention_may_be_set_in_between(calls):
     assert torch.equal(logits(model, LEFT), before)
 
 
-# --- what others attach ---
+# --- adapters, hooks, subclasses ---
 
 
 @pytest.mark.parametrize("first", ["adapter", "kernels"])
@@ -485,7 +485,7 @@ def test_pytorchs_hooks_are_called():
     seen.clear()
     with llama.accelerate(model, "triton"):
         logits(model)
-    assert sorted(seen) == sorted(before)  # the activations have hooks, and are called
+    assert sorted(seen) == sorted(before)  # the activations have hooks too, so they must be called
 
 
 class MyMLP(modeling_llama.LlamaMLP):
@@ -510,7 +510,7 @@ def test_what_others_derived_is_left_alone(calls):
         near(logits(model, LEFT), before)
         assert type(model.model.layers[0].mlp) is MyMLP
         assert type(model.model.layers[1].self_attn) is MyAttention
-        assert model.config._attn_implementation == "sdpa"  # one form of mask for all layers
+        assert model.config._attn_implementation == "sdpa"  # all layers receive the same kind of mask
     assert handle.replaced == {"LlamaMLP": 1, "LlamaRMSNorm": 4}
     assert {name for name, _ in handle.left} == {"MyMLP", "MyAttention", "LlamaAttention", "LlamaRMSNorm"}
     assert {name: calls.count(name) for name in set(calls)} == {"rms_norm": 4, "swiglu": 1}
@@ -574,7 +574,7 @@ def test_a_model_that_shares_the_configuration_is_not_accelerated(calls):
     assert torch.equal(logits(other, LEFT), before[1])
 
 
-# --- back again, and out ---
+# --- restoring, copying and saving ---
 
 
 @pytest.mark.parametrize("start", ["sdpa", "eager"])
@@ -694,7 +694,7 @@ def test_what_is_saved_knows_nothing_of_it(tmp_path):
 
 @pytest.fixture
 def no_warnings():
-    """PyTorch's compiler remarks on transformers' own code."""
+    """Silence PyTorch's compiler, which warns about transformers' own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

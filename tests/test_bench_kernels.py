@@ -1,6 +1,6 @@
-"""`llama bench kernels`: what it counts, what it trusts, what it prints. No time is judged.
+"""`llama bench kernels`: what it counts, trusts and prints. The timings themselves are not tested.
 
-The clock is a fake one, or the CPU's. Kernels run in Triton's interpreter, so what a GPU would be asked is asked here.
+The clock is a fake, or the CPU's. Kernels run in Triton's interpreter, so the GPU's code paths are exercised.
 """
 
 import importlib
@@ -44,7 +44,7 @@ def one_case(op, **more):
 
 
 class FakeTime:
-    """A clock that only moves when it is told to."""
+    """A clock that only advances when told to."""
 
     def __init__(self):
         self.now = 0.0
@@ -65,7 +65,7 @@ class WithGraphs(harness.Clock):
 
 
 def measured(case, calls, given, clock, limits=EVEN, flush=lambda: None):
-    """The rows, by provider, and who was left out."""
+    """Return the rows by provider, and the providers left out."""
     made = list(kernels.measure(case, calls, given, limits, clock, flush))
     left = [one for one in made if isinstance(one, kernels.Left)]
     return {row["provider"]: row for row in made if isinstance(row, dict)}, left
@@ -175,7 +175,7 @@ def test_a_row_says_how_long_how_much_and_how_near(tiny):
     assert (ours["median_us"], ours["ratio"], ours["gbps"], ours["of_limit"]) == (10, 1, 0.5376, 0.5376)
     assert (theirs["best_us"], theirs["p90_us"], theirs["ratio"]) == (30, 30, 3)
     assert ours["runs"] == 30
-    assert time.now > 2 * 30  # the flush before every turn, which is not counted
+    assert time.now > 2 * 30  # the flush before every run is not counted
     assert (ours["cache"], ours["graph"]) == ("cold", False)
     assert 0 < ours["error"] < 1e-6
 
@@ -198,7 +198,7 @@ def test_small_shapes_run_in_a_graph_and_say_so(tiny):
     fast = {"float32": harness.Limits(1e12, 1e12)}
     rows, _ = measured(case, calls, given, time.clock(WithGraphs), fast, flush=pytest.fail)
     assert (rows["triton"]["graph"], rows["triton"]["cache"]) == (True, "warm")
-    assert rows["triton"]["median_us"] == 2  # a twentieth of a replay
+    assert rows["triton"]["median_us"] == 2  # a replay runs it 20 times
     rows, _ = measured(case, calls, given, time.clock(WithGraphs), EVEN)
     assert (rows["triton"]["graph"], rows["triton"]["cache"]) == (False, "cold")
 
@@ -223,7 +223,7 @@ def test_who_cannot_be_in_a_graph_is_timed_without_one(tiny):
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_what_waits_for_the_gpu_is_never_captured(monkeypatch, waits):
-    """Against PyTorch's own names: a call that waits raises while waiting is forbidden, and would break a capture."""
+    """With a stub of torch.cuda. A call that synchronises would break a capture; sync debug mode finds it."""
     said, mode = [], ["default"]
 
     class Within:
@@ -255,7 +255,7 @@ def test_what_waits_for_the_gpu_is_never_captured(monkeypatch, waits):
 
 @pytest.mark.parametrize(("known", "flushed"), [(4 * 2**20, 2**29), (50 * 2**20, 2**29), (2**30, 2**31)])
 def test_what_is_written_over_is_more_than_any_last_cache(monkeypatch, known, flushed):
-    """Of an MI300 PyTorch knows the 4 MB of one die, and there are 256 MB behind them."""
+    """On an MI300, PyTorch reports the 4 MB of one die, with 256 MB behind them."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=known))
     monkeypatch.setattr(torch, "empty", lambda size, **_: types.SimpleNamespace(zero_=lambda: size))
     assert kernels.flusher(torch.device("cuda"))() == flushed
@@ -315,7 +315,7 @@ def test_on_a_gpu_events_stand_around_the_call(monkeypatch):
     assert said == ["flush", "sleep", "event", "call", "event", "wait"]
 
 
-# -- who is trusted ------------------------------------------------------------------------------------------------
+# -- which providers are trusted -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -370,7 +370,7 @@ def wrong_by(case, given, change):
     [
         lambda y: y.view(-1)[3].add_(1e-3),
         lambda y: y.mul_(1.0005),  # what TensorFloat-32 would do
-        lambda y: y[0, 40].zero_(),  # where the reference did not look
+        lambda y: y[0, 40].zero_(),  # a row that the reference does not check
         lambda y: y[1, 40].fill_(float("nan")),
     ],
 )
@@ -473,7 +473,7 @@ def test_a_shape_without_room_is_skipped_with_a_word(tiny, monkeypatch):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Liger and flash-attn with their own signatures and layouts, and PyTorch inside."""
+    """Stand-ins for Liger and flash-attn: their signatures and layouts, implemented with PyTorch."""
 
     def rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
         for x, turned in zip((q, k), peers._eager_rope(q, k, cos, sin), strict=True):
@@ -488,7 +488,7 @@ def stand_ins(monkeypatch):
         return F.rms_norm(X + R, W.shape, W, eps), X + R
 
     def attend(q, k, v, causal=False):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, tokens, heads, size) out there
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # flash-attn uses (batch, tokens, heads, size)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
     def attend_to_cache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None):
@@ -598,7 +598,7 @@ def test_people_get_a_table_and_a_wrong_provider_an_exit_code(monkeypatch, tmp_p
     table = [line for line in lines if line.split()[0] in ("torch", "eager")]
     assert len(table) == 2
     assert all(len(line) <= 120 for line in lines)
-    at = kernels.COLUMNS.index("error") + len("error")  # columns end where their heads do
+    at = kernels.COLUMNS.index("error") + len("error")  # columns are right-aligned with their headings
     assert all(line[at - 5 : at].strip() and line[at] == " " for line in table)
     assert [row["provider"] for row in harness.read_lines(tmp_path / "rows.jsonl")[1]] == ["torch", "eager"]
 
@@ -648,18 +648,18 @@ def test_rows_are_in_the_file_when_the_run_is_interrupted(tmp_path):
     assert harness.read_lines(path)[1] == [{"a": 1}]
 
 
-# -- what `llama bench static` learns from it ----------------------------------------------------------------------
+# -- occupancy and roofline ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("target", "registers", "warps", "shared", "share"),
     [
         ("sm_90", 32, 8, 0, 1.0),
-        ("sm_90", 33, 2, 0, 0.75),  # 1280 registers a warp, 51 warps, 48 in fours
-        ("sm_90", 214, 8, 98304, 0.125),  # 8 warps by registers
-        ("sm_80", 64, 4, 65536, 0.125),  # 2 programs by 164 kB
-        ("sm_89", 40, 8, 0, 1.0),  # 48 warps are the most there
-        ("sm_90", 16, 1, 0, 0.5),  # 32 programs are
+        ("sm_90", 33, 2, 0, 0.75),  # 1280 registers per warp: 51 warps, 48 in groups of four
+        ("sm_90", 214, 8, 98304, 0.125),  # registers limit it to 8 warps
+        ("sm_80", 64, 4, 65536, 0.125),  # 2 programs fit in 164 kB
+        ("sm_89", 40, 8, 0, 1.0),  # at most 48 warps
+        ("sm_90", 16, 1, 0, 0.5),  # at most 32 programs
         ("gfx942", 128, 4, 0, 0.5),
         ("gfx942", 64, 4, 32768, 0.25),
     ],
@@ -677,7 +677,7 @@ def test_roofline_is_the_data_sheets():
 def test_every_static_case_has_a_place_under_the_roof():
     for case in static.cases():
         place = static.roofline(case, "sm_90")
-        if case.kernel == "linear_cross_entropy":  # whose products are cuBLAS's
+        if case.kernel == "linear_cross_entropy":  # its matrix products are cuBLAS's
             assert place is None, case.shape
         elif case.kernel == "flash_attention" and ("short" not in case.shape or "float32" in case.shape):
             assert place["bound"] == "arithmetic", case.shape

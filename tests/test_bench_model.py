@@ -1,4 +1,4 @@
-"""`llama bench model`: what it counts, what it refuses, and that nobody is timed who computes something else."""
+"""`llama bench model`: what it counts, what it refuses, and that no provider with different results is timed."""
 
 import csv
 import ctypes
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a command line in this process; gives its exit code, standard output and standard error."""
+    """Run a command in this process; the result is (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
@@ -51,7 +51,7 @@ def bench(folder, **options):
     return list(generation.benchmark(str(folder), **SMALL | options))
 
 
-# L=2 E=64 F=32 V=12 H=4 K=2 D=16: a layer's matrices have 64·(64+32+32+64) + 3·64·32 = 18,432 numbers, the head 768.
+# L=2 E=64 F=32 V=12 H=4 K=2 D=16: a layer's matrices have 64·(64+32+32+64) + 3·64·32 = 18,432 weights, the head 768.
 CONFIG = reference.Config.from_dict(FIELDS)
 
 
@@ -81,11 +81,11 @@ def test_the_floor_is_the_longer_of_two_times(rate, floor):
 
 def test_by_default_a_cpu_is_spared_what_takes_long_and_told_so(folder):
     config = reference.Config.from_dict(FIELDS | {"max_position_embeddings": 5000})
-    slow = Limits(1e9, 5e8)  # a text of pp512 takes 0.2 s, one of pp4096 9 s
+    slow = Limits(1e9, 5e8)  # pp512 takes 0.2 s per text, pp4096 9 s
     tests, left_out = generation.chosen(None, 128, None, config, 4, CPU, slow)
     assert [(test.name, test.batch) for test in left_out] == [("pp4096", 8), ("pp4096", 32)]
     assert {("pp512", 1), ("pp512", 32), ("pp4096", 1), ("tg128", 32)} <= {(test.name, test.batch) for test in tests}
-    tests, left_out = generation.chosen([4096], 0, [32], config, 4, CPU, slow)  # asked for
+    tests, left_out = generation.chosen([4096], 0, [32], config, 4, CPU, slow)  # requested explicitly
     assert [(test.name, test.batch) for test in tests] == [("pp4096", 32)]
     assert not left_out
     gpu = Machine(torch.device("cuda"), 1)
@@ -98,12 +98,12 @@ def test_a_text_longer_than_the_model_allows_is_refused_when_asked_for():
         generation.chosen([33], 0, [1], CONFIG, 4, CPU, limit)
     with pytest.raises(ValueError, match="tg128 is longer than this model's maximum of 32 tokens"):
         generation.chosen(None, 128, [1], CONFIG, 4, CPU, limit)
-    tests, _ = generation.chosen(None, 32, [1], CONFIG, 4, CPU, limit)  # the usual prompts, which do not fit
+    tests, _ = generation.chosen(None, 32, [1], CONFIG, 4, CPU, limit)  # the default prompts do not fit
     assert [test.name for test in tests] == ["tg32"]
 
 
 class Ticking:
-    """A clock that moves when a model computes: by one second a pass for ours, by two for transformers."""
+    """A clock that advances by one second per forward pass of ours and by two per pass of transformers."""
 
     def __init__(self, monkeypatch):
         self.time = 0.0
@@ -129,7 +129,7 @@ def test_rows_say_what_the_clock_said(folder, monkeypatch):
         assert set(row) == KEYS
         assert (row["dtype"], row["threads"], row["runs"], row["backend"]) == ("float32", 1, 2, "torch")
         ours = row["provider"] == "llama"
-        seconds = 1 if ours else 2  # a pass
+        seconds = 1 if ours else 2  # per pass
         speed = row["batch"] * (8 if row["test"] == "pp8" else 1) / seconds
         assert row["tokens_per_s"] == {"median": speed, "p10": speed, "p90": speed}
         assert row["ratio"] == seconds
@@ -340,11 +340,11 @@ def test_bfloat16_is_compared_within_its_own_budget(folder):
 
 def test_memory_is_that_of_a_process_of_its_own(folder):
     row, *_ = bench(folder, peers=[], new=0, batches=[1], memory=True)
-    assert row["peak_memory_mb"] > 50  # an interpreter with PyTorch
+    assert row["peak_memory_mb"] > 50  # a Python process with PyTorch needs at least this
 
 
 class Llama:
-    """llama_cpp.Llama as far as it is used, with our own model inside."""
+    """The part of llama_cpp.Llama that is used, backed by our own model."""
 
     def __init__(self, path, **options):
         assert options["n_threads"] == 1

@@ -1,4 +1,4 @@
-"""The page of all results: what it says, that it needs nobody else, and what a browser makes of it."""
+"""The page of all results: its content, that it is self-contained, and how a browser renders it."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def lines(path, header, rows):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with results of every kind."""
+    """A folder with every kind of results."""
     folder = tmp_path_factory.mktemp("results")
     lines(folder / "gpu" / "kernels.jsonl", HEADER, KERNELS)
     lines(folder / "gpu" / "model.jsonl", HEADER | {"command": "llama bench model"}, MODEL)
@@ -76,7 +76,7 @@ def results(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """What a page loads, its tags that are open, its tables and its text."""
+    """A parsed page: what it loads, its open tags, tables and text."""
 
     VOID = ("meta", "img", "source", "br", "link", "input")
 
@@ -163,7 +163,7 @@ def test_device_method_and_command_stand_beside_every_table(page):
         "the NumPy reference against transformers",
         "no double precision",
     ):
-        assert method in text  # the benchmarks' own words
+        assert method in text  # the benchmarks' own descriptions
 
 
 def test_a_table_leaves_out_what_says_nothing():
@@ -202,7 +202,7 @@ def luminance(colour):
 def test_colours_stand_out_from_the_paper(style):
     colours = pictures.STYLES[style]
 
-    def contrast(colour):  # WCAG 2.2: 4.5 for text, 3 for what one must see in a picture; markers help below
+    def contrast(colour):  # WCAG 2.2: 4.5 for text, 3 for graphics; below that, markers help
         low, high = sorted((luminance(colour), luminance(colours["paper"])))
         return (high + 0.05) / (low + 0.05)
 
@@ -246,7 +246,7 @@ def test_a_foreign_file_is_named_in_a_sentence(tmp_path, name, content):
 
 
 def test_pictures_hold_what_was_left_out_and_what_is_far_below():
-    theirs = [row for row in KERNELS if row["provider"] == "eager"]  # as where ours had no room
+    theirs = [row for row in KERNELS if row["provider"] == "eager"]  # as when ours ran out of memory
     named = HEADER | {"ours": "triton"}
     assert [picture.name for picture in pictures.pictures("kernels", named, theirs)] == ["by-size"]
     drawn, *_ = pictures.pictures("kernels", named, [*theirs[:1], *KERNELS])
@@ -289,7 +289,7 @@ def test_kernels_stand_in_the_readme_by_their_medians(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="make bench compiles on Linux alone")
 @pytest.mark.parametrize("printed", ["", "a row"])
 def test_make_bench_keeps_no_empty_file(tmp_path, printed):
-    """With stand-ins for the commands; what fails before it has printed a row leaves nothing to stumble over."""
+    """With stubs for the commands: one that fails before printing a row must not leave an empty file behind."""
     tools, kept = tmp_path / "bin", tmp_path / "out"
     tools.mkdir()
     for name in ("python", "pytest", "llama"):
@@ -336,7 +336,7 @@ LOOK = """JSON.stringify({
 @pytest.mark.parametrize("style", ["light", "dark"])
 def test_a_browser_shows_all_of_it_and_asks_for_nothing(results, tmp_path, style):
     if not (BROWSER / "PyQt6").is_dir():
-        pytest.fail("there is no browser to look with; `make .venv/browser` fetches one")
+        pytest.fail("no browser is installed; run `make .venv/browser`")
     out, shot = report.write([results], tmp_path / "report.html"), tmp_path / "page.png"
     script = [sys.executable, ROOT / "tests" / "browser.py", out, style, shot, LOOK]
     done = subprocess.run(script, capture_output=True, text=True, timeout=100,
@@ -359,5 +359,5 @@ def test_a_browser_shows_all_of_it_and_asks_for_nothing(results, tmp_path, style
     counts = Image.open(shot).convert("RGB").getcolors(2**24)
     count, colour = max(counts)
     assert colour == paper
-    assert count < sum(n for n, _ in counts) * 0.995  # something stands on it
+    assert count < sum(n for n, _ in counts) * 0.995  # something is drawn on it
     assert len(counts) > 50

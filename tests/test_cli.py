@@ -1,4 +1,4 @@
-"""The command line as its users meet it: in a pipe, on a terminal, with wrong input."""
+"""The command line as users see it: in a pipe, on a terminal, with wrong input."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ def talker(tmp_path_factory):
 
 
 class Terminal:
-    """A program on a terminal of its own."""
+    """A program running on its own pseudo-terminal."""
 
     def __init__(self, *command):
         self.pid, self.fd = pty.fork()
@@ -33,10 +33,10 @@ class Terminal:
         self.seen = ""
 
     def until(self, pattern, seconds=60, again=""):
-        """Read until `pattern` shows and give what came up to its end; press `again` whenever nothing comes."""
+        """Read until `pattern` matches and return the output up to its end; type `again` while there is no output."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen, re.DOTALL)):
-            assert time.monotonic() < deadline, f"{pattern!r} did not show in {self.seen!r}"
+            assert time.monotonic() < deadline, f"{pattern!r} did not appear in {self.seen!r}"
             if select.select([self.fd], [], [], 1)[0]:
                 self.seen += os.read(self.fd, 65536).decode(errors="replace")
             else:
@@ -115,7 +115,7 @@ def test_control_c_stops_the_answer_and_not_the_program(talker):
     terminal.type("\x03")
     terminal.until(r" \.\.\.\r\n.*> ")
     terminal.type("\x03")  # at the prompt it only says how to leave
-    # A signal that comes between the prompt and the read waits for the next key: press again, as a person would.
+    # A signal between the prompt and the read is only handled at the next key press, so press again.
     terminal.until("/exit or Ctrl-D leaves.*> ", again="\x03")
     terminal.type("again\n")
     terminal.until("again\r\n.{50}")
@@ -214,7 +214,7 @@ def test_closed_streams_are_no_trouble(talker):
 def test_a_conversation_goes_on_after_a_line_that_is_too_long(talker):
     long = "a" * 100_001
     done = llama("chat", "-m", talker, "--max-new-tokens", 3, input=f"{long}\nhello\n")
-    assert done.returncode == 1  # for one line was not answered
+    assert done.returncode == 1  # because one line was not answered
     assert re.fullmatch(r"llama: the text has \d+ tokens, more than the 100000 this model was made for\n", done.stderr)
     assert done.stdout.strip()
 

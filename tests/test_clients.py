@@ -1,5 +1,5 @@
-"""Libraries that people use around transformers' models, around ours: what they attach must be heard, above all in the
-step of one row on a CPU, where `llama.ops.linear` has a way of its own."""
+"""Libraries for transformers' models work with ours: whatever they attach takes effect, above all in one-row steps on a
+CPU, for which `llama.ops.linear` has a separate path."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama
 from llama import LlamaForCausalLM, ops
 
-# What peft has to say of transformers' model as well.
+# Warnings that peft also raises for transformers' model.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
@@ -39,7 +39,7 @@ WRITE = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False}
 
 
 def pair(name="LlamaForCausalLM", **more):
-    """The same model of ours and of transformers."""
+    """Return our model and transformers', with the same weights."""
     theirs, _ = transformers_model(FIELDS, 4, getattr(transformers, name), **more)
     config = llama.LlamaConfig.from_dict(theirs.config.to_dict() | {"attn_implementation": None})
     model = getattr(llama, name)(config).eval()
@@ -49,7 +49,7 @@ def pair(name="LlamaForCausalLM", **more):
 
 @pytest.fixture(autouse=True)
 def numpy_from_the_first_number(monkeypatch):
-    """`ops.linear` leaves NumPy out for weights as small as the tests' are."""
+    """Make `ops.linear` use NumPy even for weights as small as those of the tests."""
     monkeypatch.setattr(ops, "IN_CACHE", 0)
 
 
@@ -60,7 +60,7 @@ def logits(model):
 
 @torch.no_grad()
 def step(model):
-    """The last token's logits, read alone after the others as in decoding: one row."""
+    """Return the last token's logits from a decoding step of one row."""
     past = model(input_ids=IDS[:, :-1], use_cache=True).past_key_values
     return model(input_ids=IDS[:, -1:], past_key_values=past).logits.numpy()
 
@@ -71,7 +71,7 @@ def written(model, **options) -> list:
 
 
 def assert_same(ours, theirs):
-    assert miss(logits(ours), logits(theirs)) < 1e-5  # float32 in another order of summation
+    assert miss(logits(ours), logits(theirs)) < 1e-5  # float32 in a different summation order
     assert miss(step(ours), step(theirs)) < 1e-5
 
 
@@ -82,7 +82,7 @@ def linears(model):
 # --- peft ---
 
 TARGETS = {
-    "default": {},  # q_proj and v_proj, which peft knows by `config.model_type`
+    "default": {},  # q_proj and v_proj, which peft selects by `config.model_type`
     "every": {"target_modules": "all-linear"},
     "mlp": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "k and o": {"target_modules": ["k_proj", "o_proj"], "use_dora": True},
@@ -93,7 +93,7 @@ TARGETS = {
 
 
 def lora(base, seed=0, task="CAUSAL_LM", **options):
-    """An adapter that shows: peft's own begin at zero."""
+    """Return an adapter that has an effect; peft initialises its own to zero."""
     torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(task_type=task, r=4, lora_alpha=16, **options))
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_learnt_prompt_is_read_before_the_text(kind):
     text = written(theirs)
     assert text != before[1]
     assert written(ours) == text
-    assert written(base) == before[1]  # and only the wrapped model has it
+    assert written(base) == before[1]  # the base model is unaffected
 
 
 # --- accelerate ---
@@ -336,7 +336,7 @@ ATTACHED = (subclass, forward_hook, pre_hook, own_forward, parametrised, normed,
 @pytest.mark.parametrize("in_cache", [0, 2**40])
 @pytest.mark.parametrize("attach", ATTACHED)
 def test_what_is_attached_to_a_linear_is_heard_at_one_row(attach, in_cache, monkeypatch):
-    """Five rows are computed by PyTorch; one alone must be the same with whatever hangs on a layer."""
+    """PyTorch computes five rows; a single one must equal them, whatever is attached to a layer."""
     monkeypatch.setattr(ops, "IN_CACHE", in_cache)
     for name in linears(pair()[0]):
         model, _ = pair()
@@ -447,12 +447,12 @@ def test_autocast_reaches_one_row():
     with torch.autocast("cpu", torch.bfloat16):
         ours, expected = (each(IDS[:, :1]).logits for each in (model, theirs))
     assert ours.dtype == expected.dtype == torch.bfloat16
-    assert miss(ours.float(), expected.float()) < 2e-2  # bfloat16's 8 bits, a few times
+    assert miss(ours.float(), expected.float()) < 2e-2  # a few times the precision of bfloat16, 8 bits
 
 
 @torch.no_grad()
 def test_weights_that_changed_are_read_anew():
-    """In place, replaced, and replaced by what is not contiguous: nothing of a weight is kept between calls."""
+    """Changed in place, replaced, or replaced by a non-contiguous tensor: weights are not cached between calls."""
     model, _ = pair()
     for name, module in linears(model).items():
         for change in (lambda m: m.weight.mul_(2), lambda m: setattr(m, "weight", nn.Parameter(m.weight / 3)),
@@ -471,7 +471,7 @@ def test_one_row_has_its_biases(in_cache, monkeypatch):
 
 @pytest.mark.parametrize("in_cache", [0, 2**40])
 def test_one_layer_learns_at_one_row(in_cache, monkeypatch):
-    """What comes in needs no gradient then, and the weight does."""
+    """The input then needs no gradient, but the weight does."""
     monkeypatch.setattr(ops, "IN_CACHE", in_cache)
     for name in linears(pair()[0]):
         grads = []
@@ -540,9 +540,9 @@ LABELS = {
 
 @pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in LABELS), ("LlamaForCausalLM", True)])
 def test_the_trainer_trains(tmp_path, name, checkpointing):
-    """The same losses: over several batches it counts the labels itself, and must know which of them count.
+    """Accumulating over batches, the Trainer counts the labels itself and must know which count.
 
-    (transformers' classifiers report the sum over the batches then, so they get one at a time.)
+    (transformers' classifiers then report the sum over the batches, so they get one batch per step.)
     """
     losses = []
     for model in pair(name, pad_token_id=0):
@@ -606,7 +606,7 @@ def test_a_seed_is_set_everywhere():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_copied_and_pickled_whole(tmp_path, tied):
     pair(tie_word_embeddings=tied)[0].save_pretrained(tmp_path)
-    model = LlamaForCausalLM.from_pretrained(tmp_path)  # mapped
+    model = LlamaForCausalLM.from_pretrained(tmp_path)  # memory-mapped
     model.prune_heads({0: [1]})
     expected, text = logits(model), written(model)
     torch.save(model, tmp_path / "whole.pt")
@@ -639,7 +639,7 @@ def test_a_state_dict_goes_out_and_in():
     with torch.device("meta"):
         empty = LlamaForCausalLM(model.config).eval()
     empty.load_state_dict(state, assign=True)
-    empty.model.rotary_emb.to("cpu")  # which no file holds
+    empty.model.rotary_emb.to("cpu")  # not stored in any file
     assert_same(empty, theirs)
     assert theirs.load_state_dict(state).missing_keys == []
 

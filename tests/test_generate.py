@@ -1,4 +1,4 @@
-"""`generate` end to end: what transformers writes with the same weights and the same seed; and `stream`, its text."""
+"""`generate` writes what transformers does with the same weights and seed; `stream` yields its text."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ from llama.generation.streamers import BaseStreamer, TextIteratorStreamer, TextS
 
 FIELDS = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2)  # fmt: skip
-NEVER = 29  # an end token that `without` keeps from coming: rows then end at max_new_tokens
+NEVER = 29  # an end token that `without` suppresses: rows then end at max_new_tokens
 PROMPT = torch.tensor([[1, 7, 3, 9, 3]])
 PROMPTS = torch.tensor([[4, 7, 3, 9, 3], [5, 11, 2, 8, 6]])
 PADDED = torch.tensor([[0, 0, 3, 9, 3], [5, 11, 2, 8, 6]])
@@ -35,7 +35,7 @@ MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
 def twins(fields, seed, **more):
-    """Our model and transformers', of the same weights."""
+    """Return our model and transformers', with the same weights."""
     theirs = transformers_model(fields, seed, **more)[0]
     ours = LlamaForCausalLM(LlamaConfig(**copy.deepcopy(fields), **more)).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -44,12 +44,12 @@ def twins(fields, seed, **more):
 
 @functools.cache
 def toys(seed=0, **more):
-    """Twins that several tests share; no test may leave a mark on them."""
+    """Return twins shared by several tests, which must not modify them."""
     return twins(FIELDS | more, seed)
 
 
 def agree(pair, *args, seed=0, theirs=None, **options):
-    """What our `generate` gives, which is what transformers' gives for the same seed (and, if given, `theirs`)."""
+    """Return the output of our `generate`, which must equal transformers' (called with `theirs` as well)."""
     torch.manual_seed(seed)
     mine = pair[0].generate(*args, **options)
     torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def agree(pair, *args, seed=0, theirs=None, **options):
 
 
 def same(mine, expected):
-    """Equal ids, and floats as equal as float32 keeps them through logits of 10 and their sums: 1e-4."""
+    """Assert equal ids, and floats within 1e-4: float32's accuracy for logits around 10 and their sums."""
     if isinstance(mine, torch.Tensor):
         near = 1e-4 if mine.is_floating_point() else 0
         torch.testing.assert_close(mine, expected, rtol=near, atol=near, check_dtype=near > 0)
@@ -78,7 +78,7 @@ def same(mine, expected):
 
 @st.composite
 def prompts(draw, vocab_size, longest=9):
-    """(ids, mask): one to three texts, padded on the left or not at all."""
+    """Draw (ids, mask): one to three texts, padded on the left or not at all."""
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, longest))
     rng = np.random.default_rng(draw(SEEDS))
     ids = torch.tensor(rng.integers(0, vocab_size, (rows, length)))
@@ -87,7 +87,7 @@ def prompts(draw, vocab_size, longest=9):
 
 
 def ends(vocab_size, most=3):
-    """End tokens: none that comes, one, several."""
+    """Draw end tokens: none, one or several."""
     token = st.integers(0, vocab_size - 1)
     return st.one_of(st.none(), token, st.lists(token, min_size=1, max_size=most))
 
@@ -98,7 +98,7 @@ def ends(vocab_size, most=3):
 @given(fields=configs(), seed=SEEDS, new=st.integers(1, 12), data=st.data())
 @settings(max_examples=50)
 def test_greedy_text_of_drawn_models_equals_transformers(fields, seed, new, data):
-    """Past the trained length too, where dynamic and longrope change their angles: a fresh model each time, for
+    """Also past the trained length, where dynamic and longrope change their angles; with a new model each time, since
     transformers' remembers the longest text it has seen."""
     ids, mask = data.draw(prompts(fields["vocab_size"]))
     eos = data.draw(ends(fields["vocab_size"]))
@@ -112,7 +112,7 @@ def test_greedy_text_of_drawn_models_equals_transformers(fields, seed, new, data
      "original_max_position_embeddings": 8},
 ], ids=lambda rope: rope["rope_type"])  # fmt: skip
 def test_what_was_written_before_changes_nothing(rope):
-    """Angles follow the length of the text at hand; transformers' dynamic ones that of the longest text it has seen."""
+    """Angles follow the current text's length; transformers' dynamic ones follow the longest text it has seen."""
     fields = FIELDS | {"max_position_embeddings": 8, "rope_parameters": rope | {"rope_theta": 1e4}}
     ours, theirs = twins(fields, 1)
     long = torch.arange(3, 28)[None]
@@ -169,7 +169,7 @@ def test_each_filter_alone_draws_what_transformers_draws(name, data, seed):
 def test_drawn_options_together_draw_what_transformers_draws(options, batch, eos, seed, times, length):
     ids, mask = batch
     if "repetition_penalty" in options:
-        mask = torch.ones_like(ids)  # transformers penalises what stands in the padding; see the test below
+        mask = torch.ones_like(ids)  # transformers penalises the padding's tokens too; see the test below
     agree(toys(1), ids, seed=seed, attention_mask=mask, do_sample=True, eos_token_id=eos or 4, pad_token_id=0,
           max_new_tokens=length, num_return_sequences=times, **options)  # fmt: skip
 
@@ -192,7 +192,7 @@ def test_another_seed_draws_another_text():
 
 
 def test_a_padded_text_is_written_as_it_is_alone():
-    """Also under a repetition penalty, for which transformers counts the padding as text."""
+    """Also under a repetition penalty, where transformers counts the padding as text."""
     model, theirs = toys(3)
     options = dict(max_new_tokens=12, eos_token_id=None, repetition_penalty=1.5)
     together = model.generate(PADDED, attention_mask=MASK, pad_token_id=0, **options)
@@ -263,7 +263,7 @@ def test_a_chunk_is_the_most_that_is_read_at_once(chunk, calls):
     read.clear()
     model.generate(PROMPT, max_new_tokens=4, eos_token_id=-1, prefill_chunk_size=chunk, prompt_lookup_num_tokens=2)
     assert read[: len(calls) - 1] == calls[:-1]
-    assert max(read) <= chunk + 3  # guesses are read with the last chunk, and checked at once
+    assert max(read) <= chunk + 3  # drafted tokens are read and checked along with the last chunk
 
 
 def test_embeddings_and_the_rest_of_a_chat_may_be_read_in_chunks():
@@ -402,7 +402,7 @@ def test_beams_of_drawn_models_equal_transformers(fields, seed, new, data):
 @pytest.mark.parametrize("early", [True, False, "never"])
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 def test_beams_of_which_many_end_equal_transformers(early, penalty):
-    """Prompts of a batch are done at different steps; beams that ended are bettered by later ones, or may not be."""
+    """Prompts of a batch finish at different steps; later beams may or may not beat those that have ended."""
     options = dict(eos_token_id=list(range(3, 24, 3)), pad_token_id=17, max_new_tokens=8, num_return_sequences=2,
                    length_penalty=penalty, early_stopping=early)  # fmt: skip
     options |= dict(return_dict_in_generate=True, output_scores=True)
@@ -412,7 +412,7 @@ def test_beams_of_which_many_end_equal_transformers(early, penalty):
 
 
 def test_beams_find_a_likelier_text_than_greedy_search():
-    """What beams are for; and `sequences_scores` is what the definition says, by reading the text anew."""
+    """Also, `sequences_scores` agrees with its definition when the text is scored again."""
     model = toys(2)[0]
     found = []
     for beams in (1, 6):
@@ -425,7 +425,7 @@ def test_beams_find_a_likelier_text_than_greedy_search():
 
 
 def test_beams_that_ended_are_filled_up_with_the_padding():
-    """With token 0 too, which transformers takes for none here and fills up with the end token."""
+    """Also with token 0, which transformers treats as unset here, padding with the end token instead."""
     for pad in (0, 17):
         options = dict(num_beams=3, max_new_tokens=8, eos_token_id=[4, 5], pad_token_id=pad, length_penalty=-2.0)
         out = toys(3)[0].generate(PROMPTS.repeat(2, 1) + torch.tensor([[0], [1], [9], [12]]), **options)
@@ -508,7 +508,7 @@ def test_stopping_criteria_stop_rows(criterion):
 
 def test_a_max_length_among_the_criteria_takes_the_place_of_ours():
     model, theirs = toys(1)
-    for length in (7, 30, 3):  # before ours, behind it, and within the prompt, where one token is written
+    for length in (7, 30, 3):  # shorter than ours, longer, and within the prompt, where one token is written
         out = model.generate(PROMPT, eos_token_id=None, max_new_tokens=9, stopping_criteria=[MaxLengthCriteria(length)])
         own = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(length)])
         same(out, theirs.generate(PROMPT, eos_token_id=None, max_new_tokens=9, stopping_criteria=own))
@@ -665,17 +665,17 @@ def test_options_come_from_keywords_then_the_given_config_then_the_models_own():
     assert agree(pair, PROMPT, **own(max_new_tokens=5, eos_token_id=-1)).shape == (1, 10)
     assert agree(pair, PROMPT, **own(max_new_tokens=5, eos_token_id=-1), max_new_tokens=7).shape == (1, 12)
     again = own(max_new_tokens=5, eos_token_id=-1)
-    assert agree(pair, PROMPT, **again, max_new_tokens=None).shape == (1, 25)  # nobody's, the model's neither
+    assert agree(pair, PROMPT, **again, max_new_tokens=None).shape == (1, 25)  # overrides the model's own value too
     greedy = agree(pair, PROMPT, do_sample=False, eos_token_id=-1)
     for seed in range(4):
         torch.manual_seed(seed)
         assert torch.equal(pair[0].generate(PROMPT, do_sample=False, eos_token_id=-1), greedy)
     drawn = [agree(pair, PROMPT, seed=seed, **own(eos_token_id=-1)).tolist() for seed in range(4)]
-    assert len(set(map(str, drawn))) > 1  # the model's own do_sample holds where another config leaves it open
+    assert len(set(map(str, drawn))) > 1  # the model's do_sample applies where the given config leaves it unset
 
 
 def test_keywords_are_judged_together_with_the_models_own_options():
-    """Llama 3's files say do_sample; num_return_sequences=2 alone would be refused."""
+    """Llama 3's files set do_sample; num_return_sequences=2 alone would be rejected."""
     pair = with_defaults(do_sample=True)
     assert agree(pair, PROMPT, num_return_sequences=2, max_new_tokens=3).shape == (2, 8)
     pair = with_defaults(num_beams=3)
@@ -686,7 +686,7 @@ def test_none_takes_an_option_back():
     pair = toys(1)
     for name in ("temperature", "top_p", "max_length", "min_length", "repetition_penalty", "eos_token_id"):
         agree(pair, PROMPT, do_sample=True, max_new_tokens=6, **{name: None})
-    for name in ("num_beams", "num_return_sequences", "use_cache", "do_sample", "top_k"):  # some of which trip theirs
+    for name in ("num_beams", "num_return_sequences", "use_cache", "do_sample", "top_k"):  # some fail in transformers
         expected = pair[0].generate(PROMPT, max_new_tokens=6)
         assert torch.equal(pair[0].generate(PROMPT, max_new_tokens=6, **{name: None}), expected)
 
@@ -771,14 +771,14 @@ def test_padding_is_inferred_where_it_can_be_told_from_text():
     assert torch.equal(agree(pair, PADDED, max_new_tokens=8, pad_token_id=0), told)
     assert not torch.equal(agree(pair, PADDED, max_new_tokens=8), told)  # no pad_token_id: text
     given = agree(pair, PADDED, attention_mask=MASK, max_new_tokens=8, pad_token_id=0, eos_token_id=0)
-    with pytest.warns(UserWarning, match="pass attention_mask"):  # transformers reads the padding in silence
+    with pytest.warns(UserWarning, match="pass attention_mask"):  # transformers silently reads the padding as text
         guessed = pair[0].generate(PADDED, max_new_tokens=8, pad_token_id=0, eos_token_id=0)
     assert not torch.equal(guessed, given)
     same(guessed, pair[1].generate(PADDED, max_new_tokens=8, pad_token_id=0, eos_token_id=0))
 
 
 def test_a_pad_token_of_minus_one_is_none():
-    """As the first LLaMA's files have it: nothing is padding, token 0 neither."""
+    """As in the first LLaMA's files: nothing is padding, not even token 0."""
     ids = torch.tensor([[5, 0, 3, 9, 3]])
     for seed in range(3):
         model = toys(seed, eos_token_id=None)[0]
@@ -790,7 +790,7 @@ def test_a_prompt_may_end_with_what_is_the_pad_token():
     ids = torch.tensor([[5, 3, 0]])
     out = toys(1)[0].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, pad_token_id=0)
     assert torch.equal(out, agree(toys(1), ids, max_new_tokens=4))
-    with pytest.raises(ValueError, match="on the left"):  # transformers masks it, and goes on from what is before
+    with pytest.raises(ValueError, match="on the left"):  # transformers masks it and continues from the token before
         toys(1)[0].generate(ids, max_new_tokens=4, pad_token_id=0)
 
 
@@ -880,7 +880,7 @@ def test_writing_goes_on_from_a_cache(kind, options):
     out = model.generate(PROMPT, past_key_values=handed, max_new_tokens=7, eos_token_id=-1, **options)
     hook.remove()
     assert torch.equal(out, expected)
-    assert read == [2, 1, 1, 1, 1, 1, 1]  # nothing is read twice
+    assert read == [2, 1, 1, 1, 1, 1, 1]  # no token is read twice
     if kind != "tuple":
         assert cache.get_seq_length() == 11
 
@@ -911,7 +911,7 @@ def test_a_chat_keeps_its_cache_from_turn_to_turn(options):
         assert cache.get_seq_length() == out.sequences.shape[1] - 1
         text = torch.cat([out.sequences, torch.tensor([[turn, 5, 8]])], 1)
     if not options:
-        assert sum(read) == text.shape[1] - 4  # all but the last answer's last token and the user's three, once
+        assert sum(read) == text.shape[1] - 4  # each once, but not the last answer's last token and the user's three
 
 
 def test_a_cache_that_holds_the_whole_prompt_is_an_error():
@@ -994,7 +994,7 @@ def test_an_end_token_costs_no_further_call():
 
 
 def bytes_alive():
-    """Of all tensors made since `gc.freeze`."""
+    """Return the bytes held by all tensors created since `gc.freeze`."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in gc.get_objects() if isinstance(t, torch.Tensor)}  # fmt: skip
     return sum(storages.values())
@@ -1012,7 +1012,7 @@ def test_a_long_text_takes_its_cache_and_nothing_more_per_token(options):
         def end(self):
             pass
 
-    token = 2 * 2 * (2 * 4) * 4  # bytes of keys and values: layers, heads of 4, float32
+    token = 2 * 2 * (2 * 4) * 4  # bytes: keys and values, layers, heads × head_dim, float32
     assert model.config.head_dim == 4
     gc.collect()
     gc.freeze()
@@ -1026,17 +1026,17 @@ def test_a_long_text_takes_its_cache_and_nothing_more_per_token(options):
         gc.unfreeze()
     assert len(alive) == 201
     ids = 205 * 8
-    slack = 4096  # what one step holds: its logits, probabilities, tokens
+    slack = 4096  # one step's logits, probabilities and tokens
     for written, held in enumerate(alive):
         assert held - before <= 2 * (5 + max(written, 200 * ("cache_implementation" in options))) * token + ids + slack
-    assert after <= before + slack  # all of it goes with the call, without the garbage collector
+    assert after <= before + slack  # everything is freed with the call, without the garbage collector
 
 
 # Text.
 
 
 def byte_tokenizer():
-    """A token for each byte and a special one: every character beyond ASCII is split."""
+    """One token per byte and a special one: every non-ASCII character is split."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -1046,7 +1046,7 @@ def byte_tokenizer():
 
 
 def piece_tokenizer():
-    """SentencePiece's kind: pieces, and bytes for all the rest."""
+    """Like SentencePiece's: pieces with byte fallback."""
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     pieces += ["▁", "a", "b", "c", "▁a", "ab", "bc", "▁ab", "st", "op", "▁stop", "opera", "字"]
     scores = [0.0] * 259 + [-float(n) for n in range(1, len(pieces) - 258)]
@@ -1058,17 +1058,17 @@ TOKENIZERS = {"bytes": byte_tokenizer(), "pieces": piece_tokenizer()}
 
 @functools.cache
 def speaker(name):
-    return toys(0, vocab_size=len(TOKENIZERS[name]) + 5)[0]  # with ids that no token has, as files' padding makes them
+    return toys(0, vocab_size=len(TOKENIZERS[name]) + 5)[0]  # plus ids without a token, as in padded vocabularies
 
 
 def saying(script, prompt=PROMPT):
-    """Options that make a model write `script`."""
+    """Return options that make a model write `script`."""
     return dict(prefix_allowed_tokens_fn=lambda _, ids: [script[min(len(ids) - prompt.shape[1], len(script) - 1)]],
                 max_new_tokens=len(script))  # fmt: skip
 
 
 def streamed(model, *args, **options):
-    """All pieces, within ten seconds."""
+    """Return all pieces, within ten seconds."""
 
     def give_up(*_):
         raise TimeoutError("the stream does not end")
@@ -1134,7 +1134,7 @@ def test_a_stream_ends_before_its_stop_string(name, text, stops):
     first = min((place for stop in stops if (place := whole.find(stop)) >= 0), default=len(whole))
     assert "".join(pieces) == whole[:first]
     assert "" not in pieces
-    out = model.generate(prompt, tokenizer=tokenizer, **options)  # which keeps the token that completes the string
+    out = model.generate(prompt, tokenizer=tokenizer, **options)  # keeps the token that completes the string
     written = tokenizer.decode(out[0, prompt.shape[1] :])
     assert any(stop in written for stop in stops) == any(stop in whole for stop in stops)
     assert out.shape[1] - prompt.shape[1] <= len(script)
@@ -1152,7 +1152,7 @@ def test_a_stop_string_may_lie_across_tokens_and_within_one():
     assert "".join(streamed(model, PROMPT, **say("a", "st", "opera", "b"))) == "a"
     assert model.generate(PROMPT, **say("a", "st", "opera", "b")).shape == (1, 8)
     assert "".join(streamed(model, PROMPT, **say("a", "▁stop", "b"))) == "a "
-    assert "".join(streamed(model, PROMPT, **say("a", "st", "a", "st"))) == "astast"  # held back, then given
+    assert "".join(streamed(model, PROMPT, **say("a", "st", "a", "st"))) == "astast"  # held back, then emitted
     assert streamed(model, PROMPT, **say("a", "b", "st", "b", "op", "c")) == ["a", "b", "stb", "op", "c"]
 
 
@@ -1223,7 +1223,7 @@ def test_a_text_streamer_prints_what_transformers_prints(name, options, capsys):
     saying_it = saying(script, prompt) | dict(eos_token_id=tokenizer.eos_token_id)
     mine = TextStreamer(tokenizer, **options)
     printed = []
-    for _ in range(2):  # one object serves twice
+    for _ in range(2):  # one object can be reused
         model.generate(prompt, streamer=mine, **saying_it)
         printed.append(capsys.readouterr().out)
     model.generate(prompt, streamer=transformers.TextStreamer(theirs_of(tokenizer), **options), **saying_it)
@@ -1303,11 +1303,11 @@ def test_steps_give_the_tokens_of_generate_as_they_come():
         next(model.steps(PROMPT, num_beams=2))
 
 
-# -- as others call it ------------------------------------------------------------------------------------------------
+# Compatibility with transformers' interface.
 
 
 def with_own_inputs(cls):
-    """A subclass that reads every token at place 0, and can turn its scores over."""
+    """Return a subclass that reads every token at position 0 and can negate its logits."""
 
     class Own(cls):
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, turns=None, **kwargs):

@@ -1,4 +1,4 @@
-"""Drafting writes the model's own text: transformers' for the same seed, greedy search's token for token."""
+"""Drafting writes the model's own text: transformers' for the same seed, and exactly that of greedy search."""
 
 import functools
 
@@ -17,7 +17,7 @@ PROMPT = torch.tensor([[1, 7, 3, 9, 3, 7, 3]])
 
 
 def nearly(model, noise, seed=0):
-    """A copy that mostly agrees with `model`, and sometimes not."""
+    """Return a copy that agrees with `model` most of the time, but not always."""
     torch.manual_seed(seed)
     other = type(model)(model.config).eval()
     weights = model.state_dict()
@@ -27,7 +27,7 @@ def nearly(model, noise, seed=0):
 
 @functools.cache
 def assistants(noise=0.2, seed=0, **more):
-    """(ours, transformers'), each for the model of `toys(1)`; drafts end where one of them is unsure, or not at all."""
+    """Return assistants (ours, transformers') of the models of `toys(1)`, with `more` options."""
     pair = tuple(nearly(model, noise, seed) for model in toys(1))
     pair[0].load_state_dict(pair[1].state_dict())
     for model in pair:
@@ -53,7 +53,7 @@ RULES = {
 
 @st.composite
 def texts(draw, vocab_size=30):
-    """Texts of few different tokens, so that their phrases come again."""
+    """Draw texts of few distinct tokens, so that phrases recur."""
     rng = np.random.default_rng(draw(SEEDS))
     return torch.tensor(
         rng.integers(0, min(vocab_size, draw(st.sampled_from([2, 4, 30]))), (1, draw(st.integers(1, 12))))
@@ -95,7 +95,7 @@ def test_an_assistant_changes_no_token_of_greedy_search(
 @given(fields=configs(["default", "linear", "yarn", "llama3"]), seed=SEEDS, new=st.integers(1, 12), data=st.data())
 @settings(max_examples=15)
 def test_drafting_of_drawn_models_changes_no_token(fields, seed, new, data):
-    """Not of RoPE types whose angles follow the length: a draft is read at its own length, here as in transformers."""
+    """Except RoPE types whose angles follow the length: a draft is read at its own length, as in transformers."""
     ids = data.draw(texts(fields["vocab_size"]))
     model, _ = twins(fields, seed, eos_token_id=3, bos_token_id=None)
     plain = model.generate(ids, max_new_tokens=new)
@@ -106,8 +106,8 @@ def test_drafting_of_drawn_models_changes_no_token(fields, seed, new, data):
 
 @pytest.mark.parametrize("options", [dict(top_k=0), dict(top_k=6), dict(top_k=0, eos_token_id=[2, 4])], ids=str)
 def test_an_assistants_first_draft_draws_what_transformers_draws(options):
-    """The first only: from the second on, transformers' assistant has lost its place in the text, so its drafts are
-    others (their probabilities are not those that the assistant gives the text when it reads it anew)."""
+    """Only the first: after it, transformers' assistant has lost its position in the text, so its drafts differ (their
+    probabilities are not those that it assigns when it reads the whole text)."""
     options = dict(do_sample=True, max_new_tokens=2, eos_token_id=-1, pad_token_id=17) | options
     helpers = assistants(0.2, num_assistant_tokens=3, assistant_confidence_threshold=0.0)
     for seed in range(25):
@@ -136,7 +136,7 @@ def test_a_draft_has_the_assistants_own_probabilities(monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0.7, top_k=5), dict(max_matching_ngram_size=1)], ids=str)
 def test_looking_up_draws_what_transformers_draws(options):
-    """But for the last three tokens: transformers drafts beyond the last place, and draws for those that it drops."""
+    """Except for the last three tokens: transformers drafts past the end, and draws for the tokens it drops."""
     options |= dict(do_sample=True, max_new_tokens=20, eos_token_id=-1, prompt_lookup_num_tokens=3)
     for seed in range(8):
         out = []
@@ -148,7 +148,7 @@ def test_looking_up_draws_what_transformers_draws(options):
 
 
 def test_drafts_follow_the_distribution_of_the_model():
-    """Under filters too, where transformers' assistant applies the temperature twice."""
+    """Also with filters, where transformers' assistant applies the temperature twice."""
     model, helper = toys(1)[0], assistants(0.5, num_assistant_tokens=2, assistant_confidence_threshold=0.0)[0]
     options = dict(do_sample=True, temperature=1.6, top_k=4, max_new_tokens=2, eos_token_id=-1)
     first = model(PROMPT).logits[0, -1]
@@ -169,7 +169,7 @@ def test_drafts_follow_the_distribution_of_the_model():
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_records_of_drafting_are_those_of_single_steps(sampled):
-    """transformers' too, but for hidden states and attentions: those of its first pass it takes from the prompt."""
+    """And those of transformers, except hidden states and attentions, which its first pass takes from the prompt."""
     pair, helpers = toys(1), assistants(0.2, num_assistant_tokens=4, assistant_confidence_threshold=0.0)
     options = dict(max_new_tokens=10, eos_token_id=-1, pad_token_id=17, do_sample=sampled, top_k=0)
     scores = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
@@ -251,7 +251,7 @@ def test_a_good_draft_saves_calls_and_schedules_learn_from_it():
         calls.clear()
         model.generate(PROMPT, assistant_model=helper, max_new_tokens=21, eos_token_id=-1)
         assert calls == expected
-        assert helper.generation_config.num_assistant_tokens == 2  # transformers' "heuristic" keeps what it learnt
+        assert helper.generation_config.num_assistant_tokens == 2  # transformers' "heuristic" persists its changes
     wrong = LlamaForCausalLM(LlamaConfig(**FIELDS)).eval()
     wrong.generation_config.num_assistant_tokens = 4
     wrong.generation_config.num_assistant_tokens_schedule = "heuristic"
@@ -286,7 +286,7 @@ def test_an_assistant_drafts_nothing_behind_an_end_token():
 
 
 def test_an_assistant_sees_no_padding():
-    """Its drafts behind padding are as good as without."""
+    """Its drafts after padding are as good as without."""
     model = toys(1)[0]
     helper = assistants(0.0, num_assistant_tokens=3, assistant_confidence_threshold=0.0)[0]
     read = []
@@ -326,7 +326,7 @@ def test_drafting_goes_on_from_a_cache_behind_padding_and_after_given_positions(
 
 
 def test_guidance_under_drafting_is_refused_or_right():
-    """Its processor reads what it is called with; a guess that was not kept must not stay read."""
+    """Its processor caches what it is called with; rejected tokens must not stay in its cache."""
     model = toys(1)[0]
     options = dict(guidance_scale=2.0, max_new_tokens=14, eos_token_id=-1)
     plain = model.generate(PROMPT, **options)

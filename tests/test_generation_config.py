@@ -1,4 +1,4 @@
-"""GenerationConfig: transformers' defaults, files that go both ways, and errors that name the option."""
+"""GenerationConfig: transformers' defaults, files that both libraries read, and errors that name the option."""
 
 import copy
 import json
@@ -122,7 +122,7 @@ def test_transformers_reads_our_file_and_we_read_theirs(tmp_path_factory, fields
         assert getattr(theirs, name) == value, name
     assert GenerationConfig.from_pretrained(folder) == ours
 
-    nulls = folder / "nulls"  # transformers 5 says null where it means the default
+    nulls = folder / "nulls"  # transformers 5 writes null for a default
     nulls.mkdir()
     theirs.to_json_file(nulls / "generation_config.json", use_diff=False)
     assert None in written(nulls).values()
@@ -130,7 +130,7 @@ def test_transformers_reads_our_file_and_we_read_theirs(tmp_path_factory, fields
     assert {name for name in FIELDS if back.given(name)} == set(fields)
     assert {name: getattr(back, name) for name in fields} == fields
 
-    full = folder / "full"  # transformers 4 says all of it
+    full = folder / "full"  # transformers 4 writes every option
     full.mkdir()
     everything = THEIR_DEFAULTS | fields | {"transformers_version": "4.46.3"}
     (full / "generation_config.json").write_text(json.dumps(everything))
@@ -164,7 +164,7 @@ def test_what_else_a_file_holds_is_kept(tmp_path):
     assert config.our_own == 3
     plain = GenerationConfig(top_p=0.9, top_k=7, low_memory=True)
     plain.our_own = 3
-    assert plain == config  # who wrote it does not count
+    assert plain == config  # metadata does not affect equality
     assert "4.31.0" in config.to_json_string()
     assert "4.31.0" not in config.to_json_string(ignore_metadata=True)
 
@@ -368,7 +368,7 @@ def test_every_option_of_transformers_is_known_and_its_neutral_value_passes():
     theirs = set(vars(transformers.GenerationConfig())) | {
         "forced_decoder_ids",
         "generation_kwargs",
-    }  # the last two: 4's
+    }  # only in transformers 4
     assert theirs <= module.KNOWN
     assert set(module.REFUSED) <= theirs
     for name, neutral in module.REFUSED.items():

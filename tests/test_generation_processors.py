@@ -1,4 +1,4 @@
-"""Processors equal transformers' bit for bit, alone and in the order that a configuration lines them up in."""
+"""Processors match transformers' bit for bit, alone and in the order in which a configuration lists them."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ FIELDS = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_la
 
 
 def tensor_of(draw, rows, vocab, dtype):
-    """Scores with ties, forbidden tokens and extremes; every row has a finite one."""
+    """Scores with ties, -inf and extreme values; every row has at least one finite score."""
     rng = np.random.default_rng(draw(SEEDS))
     scores = rng.normal(scale=draw(st.sampled_from([0.1, 1.0, 10.0, 1e4])), size=(rows, vocab))
     if draw(st.booleans()):
@@ -36,7 +36,7 @@ def tensor_of(draw, rows, vocab, dtype):
 
 @st.composite
 def texts_and_scores(draw):
-    """(input_ids, scores, V): few different tokens, so that they repeat."""
+    """Draw (input_ids, scores, V), with few distinct tokens so that they repeat."""
     rows, length, vocab = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(2, 30))
     rng = np.random.default_rng(draw(SEEDS))
     ids = rng.integers(0, min(vocab, draw(st.sampled_from([2, 4, 30]))), (rows, length))
@@ -49,7 +49,7 @@ def same(mine, their):
 
 
 def compare(make, ids, scores):
-    """`make(module)` builds the same processor twice; it is called as the text grows token by token."""
+    """Compare `make(ours)` with `make(theirs)` as the text grows token by token; scores must stay unmodified."""
     before = scores.clone()
     mine, their = make(ours), make(theirs)
     for length in range(1, ids.shape[1] + 1):
@@ -77,7 +77,7 @@ BIAS = st.sampled_from([-math.inf, -2.5, -1.0, 0.3, 7.0])
 KEEP = st.integers(1, 4)
 SMALL = st.sampled_from([1e-4, 0.01, 0.1, 0.4, 0.9])
 
-# class -> what to draw its arguments from, given the vocabulary's size
+# class -> strategy for its arguments, given the vocabulary size
 ARGUMENTS = {
     "TemperatureLogitsWarper": lambda v: st.tuples(st.sampled_from([0.1, 0.7, 1.0, 3.0])),
     "TopKLogitsWarper": lambda v: st.tuples(st.integers(1, 40), st.sampled_from([-math.inf, -1e4]), KEEP),
@@ -128,7 +128,7 @@ def test_processors_equal_transformers_bit_for_bit(name, drawn, data):
 @given(data=st.data())
 @settings(max_examples=5)
 def test_no_processor_waits_for_a_number(name, data):
-    """On the device "meta" there are none to wait for: what would make a GPU wait fails there."""
+    """The "meta" device holds no values: anything that would synchronise with a GPU fails there."""
     one = getattr(ours, name)(*data.draw(ARGUMENTS[name](20)))
     for length in range(1, 9):
         ids, scores = torch.ones(2, length, dtype=torch.long, device="meta"), torch.ones(2, 20, device="meta")
@@ -169,7 +169,7 @@ def test_a_constraint_without_hope_begins_anew():
     one = lambda beams: ours.PrefixConstrainedLogitsProcessor(lambda batch, text: [1, 2], beams)  # noqa: E731
     ids = torch.zeros(2, 1, dtype=torch.long)
     assert one(1)(ids, scores).tolist() == [[-math.inf, 0.0, 0.0], [-math.inf, 1.0, -math.inf]]
-    assert one(2)(ids, scores).tolist() == [[-math.inf] * 3, [-math.inf, 1.0, -math.inf]]  # one beam has hope left
+    assert one(2)(ids, scores).tolist() == [[-math.inf] * 3, [-math.inf, 1.0, -math.inf]]  # one beam has a finite score
 
 
 def test_invalid_values_are_removed():
@@ -199,7 +199,7 @@ def test_guidance_equals_transformers(seed, use_cache, scale, negative, masked):
 
 
 class Doubled:
-    """A user's own, which is of no class that we know."""
+    """A user-defined processor of no known class."""
 
     def __call__(self, input_ids, scores):
         return scores * 2
@@ -207,7 +207,7 @@ class Doubled:
 
 @st.composite
 def options(draw):
-    """What both GenerationConfigs take, as keywords."""
+    """Keyword arguments that both GenerationConfigs accept."""
     fields = draw(
         st.fixed_dictionaries(
             {},
@@ -265,13 +265,13 @@ def test_a_configuration_lines_up_what_transformers_does(fields, prompt, padded,
         scores = tensor_of(data.draw, rows, 30, torch.float32)
         try:
             expected = their(ids, scores.clone())
-        except ValueError:  # eta's distribution, where nothing is left
+        except ValueError:  # eta's Categorical distribution, when no token is left
             continue
         same(mine(ids, scores), expected)
 
 
 def transformers_list(fields, prompt, prefix=None, extra=(), mask=None, **more):
-    """What `generate` prepares before it writes."""
+    """The processors that transformers' `generate` prepares."""
     model = transformers_model(FIELDS, 0)[0]
     model.generation_config = transformers.GenerationConfig()
     config, _ = model._prepare_generation_config(transformers.GenerationConfig(**fields))

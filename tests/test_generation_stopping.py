@@ -1,4 +1,4 @@
-"""Stopping: transformers' criteria row for row, and stop strings found in the text however the tokens cut it."""
+"""Stopping criteria: transformers' results row by row, and stop strings found however tokens split the text."""
 
 import time
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ PIECES = ["a", "b", "c", "ab", "ca", "abc", " ", " a", "stop", "st", "op", "oper
 
 
 def byte_level() -> Tokenizer:
-    """A token for every byte, and some for several, as Llama 3 has them."""
+    """A tokenizer like Llama 3's: a token for every byte, and some for several bytes."""
     several = ["".join(BYTES[byte] for byte in piece.encode()) for piece in PIECES if len(piece.encode()) > 1]
     halves = ["".join(BYTES[byte] for byte in half) for half in ("a🦙".encode()[:3], "🦙b".encode()[2:])]
     vocab = [*(BYTES[byte] for byte in range(256)), *several, *halves]
@@ -35,7 +35,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """Pieces with ▁ for a space, and a token <0xNN> for every byte, as Llama 2 has them."""
+    """A tokenizer like Llama 2's: pieces with ▁ for a space, and a token <0xNN> for every byte."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [piece.replace(" ", "▁") for piece in PIECES if piece != " "] + ["▁stop", "▁op", "é"]
     return sentencepiece_bpe(pieces, [0.0] * 259 + [-float(n) for n in range(len(pieces) - 259)], True)
@@ -45,7 +45,7 @@ def both(tokenizer: Tokenizer):
     return LlamaTokenizerFast(tokenizer), transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-# For each kind: ours, transformers', the ids that begin a text, and those that are drawn most.
+# For each kind: our tokenizer, transformers', the ids that begin a text, and the ids to draw from.
 TOKENIZERS = {
     "bytes": (*both(byte_level()), [], [97, 98, 99, *"é🦙".encode(), *range(256, len(byte_level().get_vocab()))]),
     "pieces": (*both(sentencepiece()), [1], [*(3 + byte for byte in b"a" + "é🦙".encode()), *range(259, 277)]),
@@ -75,7 +75,7 @@ def test_stop_strings_equal_transformers(kind, data, seed):
     stops = data.draw(st.lists(st.one_of(WORDS, ends.filter(bool)), min_size=1, max_size=3))
     assume(not any("\N{REPLACEMENT CHARACTER}" in stop for stop in stops))
     rows = torch.tensor(ids)
-    if kind == "pieces":  # broken bytes take their neighbours with them in the text, which is what we look at
+    if kind == "pieces":  # in decoded text, which is what we search, invalid bytes take their neighbours with them
         assume(not any("\N{REPLACEMENT CHARACTER}" in mine.decode(row) for row in ids))
     said = ours.StopStringCriteria(mine, stops)(rows, None)
     assert said.tolist() == theirs_says(their, stops, rows).tolist()
@@ -86,7 +86,7 @@ def test_stop_strings_equal_transformers(kind, data, seed):
 @given(text=st.text("aé🦙 stop", min_size=1, max_size=30), stop=st.text("é🦙 stop", min_size=1, max_size=4))
 @example(text="🦙" * 9 + "é", stop="é")
 def test_a_written_text_stops_when_it_first_holds_the_string(kind, text, stop):
-    """Of a text written from left to right; the one who generates asks after every token."""
+    """Generation checks after every token, so it stops at the first match."""
     tokenizer, _, begin, _ = TOKENIZERS[kind]
     ids = [*begin, *tokenizer.encode(text, add_special_tokens=False)]
     criterion = ours.StopStringCriteria(tokenizer, stop)

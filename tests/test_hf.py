@@ -68,7 +68,7 @@ def test_our_caches_go_through_transformers_generate(folder, cache):
 
 
 def test_results_are_transformers_records(folder):
-    """Its pipelines ask for the class, and give anything else on as a plain dictionary."""
+    """Its pipelines check an output's class, and pass anything else on as a plain dictionary."""
     words = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(12)}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
@@ -104,7 +104,7 @@ def test_it_trains_with_checkpointing(folder):
             model.gradient_checkpointing_enable()
         runs.clear()
         model(IDS, labels=IDS).loss.backward()
-        assert len(runs) == 1 + enabled  # once more on the way back
+        assert len(runs) == 1 + enabled  # recomputed once during backward
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 

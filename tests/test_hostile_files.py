@@ -1,6 +1,6 @@
-"""Files made to do harm, and files with any byte of their headers wrong: a ValueError or an OSError, and nothing else.
+"""Malicious files, and files with corrupt headers, raise ValueError or OSError and do nothing else.
 
-Nothing in them is executed, no length that they claim is believed, and no memory is set aside for it.
+Nothing in them is executed, and no memory is allocated on the strength of a length they claim.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ SMALL = FIELDS | {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers":
                   "num_key_value_heads": 1, "vocab_size": 6}  # fmt: skip
 NAMED = SMALL | {"architectures": ["LlamaForCausalLM"]}
 PARAMS = random_params(SMALL)
-ROOM = 400 << 20  # bytes that reading a file of a few kB may take; a damaged length asks for far more
-PATIENCE = 20  # seconds
+ROOM = 400 << 20  # bytes that reading a file of a few kB may allocate; a corrupt length asks for far more
+PATIENCE = 20  # CPU seconds
 
 
 class Hang(BaseException):
@@ -41,7 +41,7 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def little_room():
-    """A process that can have no more than ROOM more memory, and is interrupted after PATIENCE seconds."""
+    """Limit this process to ROOM more bytes of memory, and raise Hang on SIGPROF (`survives` sets the timer)."""
 
     def interrupt(*arguments):
         raise Hang
@@ -58,7 +58,7 @@ def little_room():
 
 
 def survives(read, *arguments) -> bool:
-    """Whether `read` works; a ValueError or an OSError is well, and all else is raised."""
+    """Return whether `read` succeeds. It may raise ValueError or OSError, but not because of a MemoryError."""
     signal.setitimer(signal.ITIMER_PROF, PATIENCE)
     try:
         with warnings.catch_warnings():
@@ -90,7 +90,7 @@ class Call:
 
 
 class Stateful:
-    """Pickles as an object of a class that is imported, with attributes that are set."""
+    """Pickles as an instance of an imported class whose attributes are then set."""
 
     def __init__(self):
         self.x = 1
@@ -101,7 +101,7 @@ def state(**more):
 
 
 def torch_zip(path, data: bytes, **members: bytes):
-    """A file as torch.save writes it around any pickle."""
+    """Write a zip in torch.save's layout around any pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", data)
         for name, contents in members.items():
@@ -127,7 +127,7 @@ def tensor(
     strides=(1,),
     make=b"_rebuild_tensor_v2",
 ):
-    """A pickle of {"a": a tensor}, by hand: every number in it can be a lie."""
+    """Return a handwritten pickle of {"a": tensor}, in which any number can be false."""
 
     def number(n):
         data = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
@@ -164,7 +164,7 @@ def compressed(path):
 
 
 def behind_the_end(path):
-    """A storage whose own header says that the data begins 64 kB later than the file ends."""
+    """A storage whose local header claims 64 KiB of extra fields, which end past the end of the file."""
     data = bytearray(lie()(path).read_bytes())
     with zipfile.ZipFile(path) as archive:
         header = archive.getinfo("archive/data/0").header_offset
@@ -183,7 +183,7 @@ def twice(path):
 
 
 def deep(opcode, count=500_000):
-    """A tuple in a tuple in a tuple ... as the key of a dictionary: hashing it overflows Python's stack."""
+    """Deeply nested tuples as a dictionary key: hashing them overflows the stack."""
     return lambda path: torch_zip(path, b"\x80\x02}" + b")" + opcode * count + b"K\x01s.")
 
 
@@ -256,7 +256,7 @@ def test_a_hostile_pickle_does_nothing(tmp_path, monkeypatch, name):
 
 
 def test_a_pickle_by_hand_is_read_as_torch_reads_it(tmp_path):
-    """The form that the lies above are told in; and views, parameters, metadata, every dtype, as torch writes them."""
+    """The handwritten form above with true values; views, parameters, metadata, every dtype, as torch writes them."""
     path = torch_zip(tmp_path / "a.bin", tensor(offset=1, shape=(3,)), _0=np.arange(4, dtype=np.float32).tobytes())
     np.testing.assert_array_equal(TorchZip(path).read("a"), [1, 2, 3])
     base = torch.arange(24.0).view(4, 6)
@@ -338,7 +338,7 @@ def test_the_length_of_a_header_is_not_believed(tmp_path, length):
 
 
 def test_links_to_files_elsewhere_are_followed_and_paths_are_not(tmp_path):
-    """huggingface_hub's cache is made of links; an index that points outside of its folder is an attack."""
+    """huggingface_hub's cache is made of symlinks; an index that points outside its folder is an attack."""
     real = write_folder(tmp_path / "blobs", PARAMS, SMALL, shards=2)
     folder = tmp_path / "snapshot"
     folder.mkdir()
@@ -352,12 +352,12 @@ def test_links_to_files_elsewhere_are_followed_and_paths_are_not(tmp_path):
         (folder / INDEX).write_text(json.dumps(index))
         with pytest.raises((ValueError, OSError), match="index"):
             reference.load(folder)
-    (folder / "model.safetensors").symlink_to(folder / "model.safetensors")  # to itself
+    (folder / "model.safetensors").symlink_to(folder / "model.safetensors")  # a symlink to itself
     with pytest.raises((ValueError, OSError)):
         reference.load(folder)
 
 
-# --- values of the wrong type, and a machine that cannot -------------------------------------------------------------
+# --- values of the wrong type, and too little memory -----------------------------------------------------------------
 
 OF_ANY_TYPE = ["x", 2**64 - 1, -1, 0, 0.5, float("nan"), True, [1, 2], ["x"], [0.5]]
 
@@ -416,7 +416,7 @@ EXTREMES = [0, -1, 1, 2, 3, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1,
 
 
 def damaged_bytes(data: bytes, rng: np.random.Generator, header: int) -> bytes:
-    """`data` with something wrong within its first `header` bytes, or its last: what disks, networks and enemies do."""
+    """Corrupt `data` in its first `header` bytes or near its end, as disks, networks and attackers do."""
     out = bytearray(data)
     places = [int(p) for p in rng.integers(0, min(header, len(data)), 1 + rng.integers(3))]
     if rng.random() < 0.1 and len(data) > 64:
@@ -428,7 +428,7 @@ def damaged_bytes(data: bytes, rng: np.random.Generator, header: int) -> bytes:
         case 2:
             for place in places:
                 out[place] = int(rng.choice([0, 1, 127, 128, 255, rng.integers(256)]))
-        case 3:  # a number of 4 or 8 bytes
+        case 3:  # an integer of 4 or 8 bytes
             width = int(rng.choice([4, 8]))
             value = int(rng.choice([0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1])) * int(rng.choice([1, 2**31 + 1]))
             out[places[0] : places[0] + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
@@ -442,7 +442,7 @@ def damaged_bytes(data: bytes, rng: np.random.Generator, header: int) -> bytes:
 
 
 def damaged_json(data: bytes, rng: np.random.Generator, header: int) -> bytes:
-    """A JSON object with a value replaced, dropped or put elsewhere; one time in three, bytes."""
+    """Replace, delete or copy values in a JSON object; one time in three, corrupt its bytes instead."""
     if rng.random() < 1 / 3:
         return damaged_bytes(data, rng, header)
     whole = json.loads(data)
@@ -468,7 +468,7 @@ def damaged_json(data: bytes, rng: np.random.Generator, header: int) -> bytes:
 
 
 def damaged_header(data: bytes, rng: np.random.Generator, header: int) -> bytes:
-    """A safetensors file whose JSON is damaged as above, with the right length before it."""
+    """Corrupt a safetensors file's JSON, keeping its length correct, or (half of the time) any bytes."""
     if rng.random() < 0.5:
         return damaged_bytes(data, rng, header)
     length = struct.unpack("<Q", data[:8])[0]
@@ -548,7 +548,7 @@ def small_gguf(folder):
 
 
 SENTENCEPIECE = sentencepiece_models.llama_like
-# The file that is damaged, what writes it and its neighbours, what reads it, where to damage it, and how often.
+# The file to damage, what writes its folder, what reads it, how and how far in to damage it, and how many times.
 FORMATS = {
     "safetensors": ("model.safetensors", lambda d: write_folder(d, PARAMS, SMALL), MODEL, damaged_header, 1000, 300),
     "index": (INDEX, lambda d: write_folder(d, PARAMS, SMALL, 2), MODEL, damaged_json, 9999, 150),
@@ -577,16 +577,16 @@ def test_a_damaged_header_is_an_error_and_nothing_worse(tmp_path, name):
     path, where = folder / file, folder / file if file.endswith(".gguf") else folder
     whole = path.read_bytes()
     for read in readers:
-        read(where)  # whole, it is read
+        read(where)  # it can be read intact
     well = 0
     with little_room():
         for seed in range(count):
             rng = np.random.default_rng([seed, *name.encode()])
-            path.unlink()  # the arrays of the one before may still be mapped
+            path.unlink()  # arrays of the previous version may still be memory-mapped
             path.write_bytes(damage(whole, rng, header))
             try:
                 well += min(survives(read, where) for read in readers)
             except BaseException as error:
                 error.add_note(f"{name}, seed {seed}")
                 raise
-    assert well < count  # some are harmless; were all, this would test nothing
+    assert well < count  # some damage is harmless; were all, this would test nothing

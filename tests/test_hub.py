@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: what is downloaded, what is used again, and what is said when it cannot be."""
+"""Models on the Hugging Face Hub: what is downloaded, what is reused, and the errors when neither is possible."""
 
 import json
 import os
@@ -32,7 +32,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """A folder that can be talked with, in the files of a repository."""
+    """The files of a chat model's repository."""
     made = tmp_path_factory.mktemp("model")
     checkpoint = open_checkpoint(write_chat_model(made / "chat.gguf"))
     folder = write_folder(made / "folder", {n: checkpoint.read(n) for n in checkpoint.tensors}, checkpoint.config)
@@ -46,13 +46,13 @@ def chat_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """A model in three shards, without a tokenizer."""
+    """The files of a model in three shards, without a tokenizer."""
     return files_of(write_folder(tmp_path_factory.mktemp("sharded"), PARAMS, shards=3))
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub, and an environment in which children ask it and keep what they get in a cache of their own."""
+    """A local Hub, and an environment in which child processes use it with a cache of their own."""
     for name in list(os.environ):
         if name.startswith("HF_") or name.lower().endswith("_proxy") or name == "TRANSFORMERS_OFFLINE":
             monkeypatch.delenv(name)
@@ -63,7 +63,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def ask(code, **environment):
-    """The lines that a child prints which runs `code`; an OSError or ValueError becomes such a line."""
+    """Run `code` in a child process and return the lines it prints; its `said` prints an OSError or ValueError."""
     script = (
         "import sys, os, llama; from llama.checkpoints import find\n"
         "def said(call):\n"
@@ -82,8 +82,8 @@ def command(*arguments, **environment):
     return subprocess.run(asked, capture_output=True, text=True, env=os.environ | environment, timeout=120)
 
 
-# Nothing may be sent to anybody.
-BLOCKED = "import socket\ndef refuse(*_): raise AssertionError('asked the network')\nsocket.socket.connect = refuse\n"
+# Fails on any network access.
+BLOCKED = "import socket\ndef refuse(*_): raise AssertionError('used the network')\nsocket.socket.connect = refuse\n"
 SUM = "sum(float(abs(p).sum()) for p in llama.reference.load('org/tiny')[0].values())"
 
 
@@ -91,7 +91,7 @@ def test_a_model_comes_whole_and_is_used_again_without_the_network(hub, chat_mod
     hub.repositories["org/tiny"] = Repository({"main": chat_model | NOISE | {"pytorch_model.bin": b"not wanted"}})
     folder, total = ask(f"print(find('org/tiny')); print({SUM})")
     assert sorted(hub.downloaded()) == sorted([*SMALL, WEIGHTS])
-    assert hub.downloaded()[-1] == WEIGHTS  # after the small files, so that it stands for all of them
+    assert hub.downloaded()[-1] == WEIGHTS  # after the small files: its presence marks the model as complete
     assert files_of(Path(folder)) == chat_model
     asked = len(hub.log)
     again = ask(
@@ -174,7 +174,7 @@ def test_an_interrupted_download_is_not_taken_for_whole_and_goes_on(hub, sharded
     repository = hub.repositories["org/tiny"] = Repository({"main": sharded})
     last = sorted(sharded)[-2]
     folder, _ = ask(f"print(find('org/tiny', wanted='parameters')); print({SUM})")
-    os.unlink(f"{folder}/{last}")  # as if it had not come to it
+    os.unlink(f"{folder}/{last}")  # as if the download had not reached it
     offline, *_ = ask("said(lambda: llama.reference.load('org/tiny'))", HF_HUB_OFFLINE="1")
     assert offline == (
         f"FileNotFoundError: org/tiny is not a local path, nor is all of it in the cache {tmp_path}/home/hub, and "
@@ -184,7 +184,7 @@ def test_an_interrupted_download_is_not_taken_for_whole_and_goes_on(hub, sharded
         if blob.read_bytes() == sharded[last]:
             blob.unlink()
     hub.log.clear()
-    repository.cut[last] = [1000]  # and then the line goes dead in the middle
+    repository.cut[last] = [1000]  # then the connection drops midway
     ask(f"import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 500; print({SUM})")
     assert hub.downloaded() == [last, last]
     assert [span for method, path, span, _ in hub.log if path.endswith(last) and method == "GET"] == [
@@ -208,7 +208,7 @@ def test_single_files_in_the_cache_are_not_taken_for_all_of_a_model(hub, chat_mo
     assert ask(use) == ["257", "True"]
     assert sorted(hub.downloaded()) == ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"]
     asked = len(hub.log)
-    shutil.rmtree(tmp_path / "home/hub/models--org--tiny/trees")  # the listing, which older versions do not keep
+    shutil.rmtree(tmp_path / "home/hub/models--org--tiny/trees")  # the file listing, which older versions do not keep
     assert ask(BLOCKED + use) == ["257", "True"]
     assert len(hub.log) == asked
 
@@ -242,14 +242,14 @@ def test_weights_that_are_no_safetensors(hub, chat_model, sharded, tmp_path):
         "print(find('org/both', subfolder='original'))"
     )
     assert float(total) == pytest.approx(sum(float(np.abs(array).sum()) for array in PARAMS.values()))
-    assert int(width) == FIELDS["intermediate_size"]  # which Meta's shards alone tell
+    assert int(width) == FIELDS["intermediate_size"]  # known from Meta's shards alone
     assert [sorted(os.listdir(folder)) for folder in folders] == [
         sorted(meta), sorted(meta), sorted([*chat_model, "original"]), sorted(meta)
     ]  # fmt: skip
     hub.log.clear()
     again = ask("for name in ('meta', 'below', 'both'): print(find(f'org/{name}'))")
     assert (again, hub.log) == (folders[:3], [])
-    os.unlink(f"{folders[0]}/consolidated.01.pth")  # no index names it, but the listing of the repository does
+    os.unlink(f"{folders[0]}/consolidated.01.pth")  # no index names it, but the repository's file listing does
     assert ask("said(lambda: find('org/meta', local_files_only=True)); print(find('org/meta'))")[1:] == folders[:1]
     assert os.path.exists(f"{folders[0]}/consolidated.01.pth")
 
@@ -288,12 +288,12 @@ def test_revisions(hub, chat_model, tmp_path):
         f"{hub.address}/org/tiny/commits"
     )
     hub.log.clear()
-    repository.branches["main"] = newer  # the branch moves on
+    repository.branches["main"] = newer  # the branch moves
     assert ask("print(find('org/tiny'))") == [old]
     assert hub.log == []
     updated = ask("print(find('org/tiny', update=True)); print(find('org/tiny'))")
     assert updated == [new, new]
-    assert hub.downloaded() == []  # it is in the cache, under its other name
+    assert hub.downloaded() == []  # already in the cache, under its other name
     ask("find('org/tiny', force_download=True)")
     assert sorted(hub.downloaded()) == sorted(chat_model)
     here = ask(f"said(lambda: find({str(tmp_path)!r}, revision='v2'))")

@@ -1,4 +1,4 @@
-"""Who may import whom, and what an import may cost."""
+"""Which modules may import which, and what an import may load."""
 
 import ast
 import subprocess
@@ -13,14 +13,14 @@ HEAVY = ("torch", "triton", "transformers")
 
 
 def imported_modules(code: str) -> set[str]:
-    """What is loaded after `code` ran in a fresh interpreter, without the tests' hooks."""
+    """Return what is loaded after running `code` in a fresh interpreter, without the tests' hooks."""
     probe = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
     out = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(out.stdout.split())
 
 
 def imports_of(path: Path, package: str) -> set[str]:
-    """The absolute names of all modules that a file imports, wherever in the file."""
+    """Return the absolute names of all modules imported anywhere in a file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def test_the_folders_are_linked_and_kernels_is_no_package():
         assert link.is_symlink()
         assert link.resolve() == ROOT / name
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    # From the repository's root, transformers must not take our folder for Hugging Face's package `kernels`.
+    # Run from the repository's root, transformers must not mistake our folder for Hugging Face's package `kernels`.
     imported_modules("import transformers.models.llama.modeling_llama")
 
 

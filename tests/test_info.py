@@ -1,4 +1,4 @@
-"""`llama info`: what the headers say, of models that no machine here could load."""
+"""`llama info`: what the headers say, even of models too large to load here."""
 
 import json
 import struct
@@ -32,7 +32,7 @@ def said(*arguments, ok=True):
 
 
 def stated(*arguments):
-    """The message of the ValueError that a command ends with."""
+    """Return the message of the ValueError that the command raises."""
     from click.testing import CliRunner
 
     error = CliRunner().invoke(cli, ["info", *map(str, arguments)]).exception
@@ -48,7 +48,7 @@ def test_an_incomplete_model_is_named(tmp_path):
 
 
 def in_safetensors(folder):
-    """The 70B model in one file that is all header and hole."""
+    """The 70B model in one sparse file: a header and no data."""
     header, end = {}, 0
     for name, shape in reference.parameter_shapes(reference.Config.from_dict(LLAMA_70B)):
         size = 2 * torch.Size(shape).numel()
@@ -64,7 +64,7 @@ def in_safetensors(folder):
 
 
 def in_gguf(path):
-    """The same, with matrices of eight bits."""
+    """The same, with Q8_0 matrices."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(80)
     writer.add_embedding_length(8192)
@@ -100,13 +100,13 @@ def test_70b_is_told_from_its_headers(tmp_path, monkeypatch, write):
     where = write(tmp_path / f"model{'.gguf' * (write is in_gguf)}")
 
     def refuse(*arguments):
-        raise AssertionError("weights are read")
+        raise AssertionError("weights must not be read")
 
     monkeypatch.setattr(stored.MappedFile, "array", refuse)
     found = info(open_checkpoint(where), tokens=1000, batch=3)
     assert (found.parameters, found.embedding) == (PARAMETERS_70B, EMBEDDING_70B)
     assert found.memory["float32"]["weights"] == 4 * PARAMETERS_70B
-    cache = 2 * 80 * 3 * 8 * 1000 * 128 * 2  # key and value, layers, texts, heads, tokens, numbers, bytes
+    cache = 2 * 80 * 3 * 8 * 1000 * 128 * 2  # K and V, layers, batch, KV heads, tokens, head_dim, bytes
     assert found.memory["bfloat16"] == {"weights": 2 * PARAMETERS_70B, "cache": cache}
     if write is in_gguf:
         norms = 161 * 8192

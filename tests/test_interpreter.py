@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended: what the other kernel tests stand on."""
+"""Triton's interpreter with our fixes, on which the other kernel tests rely."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_it_multiplies_matrices(dtype):
 
 
 def test_it_is_silent_where_a_gpu_is():
-    """pytest here makes an error of every warning."""
+    """pytest turns every warning into an error here."""
     np.testing.assert_array_equal(probe.silent_numbers(), [np.inf, -np.inf, np.inf, np.nan])
 
 
@@ -48,7 +48,7 @@ def test_numpy_warns_as_ever_outside_of_kernels():
 
 def test_an_error_in_a_kernel_leaves_the_interpreter_usable():
     with pytest.raises(Exception, match="arange"):
-        probe._convert_kernel[(1,)](torch.zeros(1), torch.zeros(1), N=3)  # no power of two
+        probe._convert_kernel[(1,)](torch.zeros(1), torch.zeros(1), N=3)  # not a power of two
     assert probe.wrong_products() == 0
     assert probe.counted(4) == 6
 
@@ -64,13 +64,13 @@ def test_mending_twice_is_mending_once():
 
 
 def test_as_triton_ships_it_it_does_none_of_this():
-    """When this fails, Triton has been mended and `kernels/interpreter.py` can go."""
+    """When this fails, Triton has been fixed and `kernels/interpreter.py` can go."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("interpreter_probe.py")],
         env=env, capture_output=True, text=True, check=True,
     )  # fmt: skip
     wrong = json.loads(done.stdout)
-    assert wrong["rounded"] > 2**16  # half of all, but for those that are exact
+    assert wrong["rounded"] > 2**16  # half of all inexact values are off
     assert wrong["products"] > 900
     assert wrong["warnings"] >= 3

@@ -39,7 +39,7 @@ def plain_cross_entropy(logits, labels, ignore_index=-100, reduction="mean"):
 
 
 def assert_same_loss(ours, plain, truth, logits, labels, reduction="mean"):
-    """In float32 a token's loss is a difference of numbers as large as its logits and ln V."""
+    """In float32, a token's loss is a difference of numbers as large as its logits and ln V."""
     assert ours.shape == ()
     assert ours.dtype == torch.float32
     if np.isnan(truth):
@@ -52,7 +52,7 @@ def assert_same_loss(ours, plain, truth, logits, labels, reduction="mean"):
 
 @st.composite
 def judged(draw, dtype):
-    """(logits, labels, ignore_index), a few labels or all of them ignored."""
+    """(logits, labels, ignore_index), with no, some or all labels ignored."""
     shape, V = draw(leading_axes), draw(around_powers_of_two(300))
     rng = np.random.default_rng(draw(SEEDS))
     logits = normal(rng, (*shape, V), dtype, draw(st.sampled_from([1e-3, 1.0, 1e2, 1e4])))
@@ -96,7 +96,7 @@ def test_linear_cross_entropy_is_as_close_to_the_reference_as_pytorch(
     if np.isnan(truth):
         assert ours.isnan()
         return
-    # The logits, summed in pieces of another size, may be rounded to the neighbour on the other side: by two ulps each.
+    # The logits, computed in pieces of another size, may each round the other way: a difference of two ulps.
     terms = float((hidden.abs().double() @ weight.abs().double().T).max()) + np.log(V) + 1 if count else 1.0
     tokens = count if reduction == "sum" else 1
     eps = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
@@ -106,7 +106,7 @@ def test_linear_cross_entropy_is_as_close_to_the_reference_as_pytorch(
 @given(st.integers(1, 30), around_powers_of_two(64), st.integers(1, 2000), SEEDS)
 @examples(40)
 def test_pieces_equal_the_whole(count, V, at_once, seed):
-    """Small integers, whose products are exact in any order: then the pieces give the same bits."""
+    """Sums of small integers are exact in any order, so the pieces must give the same bits."""
     rng = np.random.default_rng(seed)
     hidden, weight = (integers(rng.integers(-4, 5, shape)).float() for shape in ((count, 7), (V, 7)))
     labels = integers(rng.integers(0, V, count))
@@ -150,7 +150,7 @@ def test_layout_changes_no_bit(shape, V, seed, layout, label_layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", [4095, 4096, 4097, 9000])
 def test_large_vocabularies(dtype, V):
-    """More columns than a block, the largest logit in the first block, in the last, and twice."""
+    """More columns than one block, with the largest logit in the first block, in the last, and in both."""
     rng = np.random.default_rng(V)
     logits = normal(rng, (4, V), dtype)
     logits[0, 5], logits[1, -1], logits[2, 5], logits[2, -1] = 50, 50, 50, 50
@@ -161,7 +161,7 @@ def test_large_vocabularies(dtype, V):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_masked_vocabulary(dtype):
-    """Logits of -∞, a whole block of them first, count for nothing; at the label they give a loss of +∞."""
+    """Logits of -∞, among them a whole first block, contribute nothing; at the label they give a loss of +∞."""
     logits = torch.full((3, 5000), float("-inf"), device=DEVICE).to(dtype)
     logits[:, 4500:] = normal(np.random.default_rng(0), (3, 500), dtype)
     labels = integers([4600, 4999, 4500])
@@ -182,7 +182,7 @@ def test_labels_that_count_for_nothing_and_labels_that_are_none():
         assert cross_entropy(logits, integers([1, wrong, 2])).isnan()
         assert linear_cross_entropy(logits, logits.new_ones(10, 10), integers([1, wrong, 2])).isnan()
     assert same_bits(cross_entropy(logits[0], integers(3)), cross_entropy(logits[:1], integers([3])))  # one token
-    logits[1] = nan  # what does not count is not read
+    logits[1] = nan  # ignored rows are not read
     assert cross_entropy(logits, integers([1, -100, 2])).isfinite()
     assert same_bits(cross_entropy(logits, integers([1, -100, 2])), cross_entropy(logits[[0, 2]], integers([1, 2])))
 

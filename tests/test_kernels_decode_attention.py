@@ -1,4 +1,4 @@
-"""decode_attention against the reference: lengths, masks, pages, and pieces that are joined."""
+"""decode_attention against the reference: lengths, masks, pages, and caches split into pieces."""
 
 from functools import partial
 from unittest import mock
@@ -36,7 +36,7 @@ splits = st.sampled_from([1, 2, 3, 32])
 
 @st.composite
 def steps(draw, dtype=None, rows=(0, 1, 1, 2, 3)):
-    """(q, k, v, arguments): a cache of S places, per row a length and perhaps a mask with holes."""
+    """(q, k, v, lengths, mask): a cache of S slots, perhaps with a length per row and a mask with holes."""
     dtype = dtype or draw(st.sampled_from(DTYPES))
     B, K, G = draw(st.sampled_from(rows)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     S, D = draw(st.integers(0, 100) | st.sampled_from([1, 15, 16, 17, 32, 33, 64])), draw(head_dims)
@@ -54,7 +54,7 @@ def steps(draw, dtype=None, rows=(0, 1, 1, 2, 3)):
 
 
 def hidden(lengths, mask, B, S):
-    """(B, S): the places that nobody sees."""
+    """(B, S): the slots that are not visible."""
     unseen = np.arange(S) >= (np.full(B, S) if lengths is None else lengths)[:, None]
     return unseen if mask is None else unseen | ~mask
 
@@ -67,24 +67,24 @@ def spoiled(x, unseen, value):
 
 
 def beyond(lengths, B, S):
-    """(B, S): the places that come after a row's length."""
+    """(B, S): the slots beyond a row's length."""
     return hidden(lengths, None, B, S)
 
 
 def paged(x, size, rng, unused=2):
-    """The pages of x (B, K, S, D), shuffled among `unused` ones that are NaN, and the table to find them by."""
+    """Return x (B, K, S, D) as shuffled pages, with `unused` pages of NaN among them, and the page table."""
     B, K, S, D = x.shape
     n = -(-S // size)
     padded = torch.cat([x, x.new_full((B, K, n * size - S, D), float("nan"))], dim=2)
     pages = padded.unflatten(2, (n, size)).transpose(1, 2).reshape(B * n, K, size, D)
-    order = rng.permutation(B * n + unused)  # page i lies at place order[i]
+    order = rng.permutation(B * n + unused)  # page i is stored at order[i]
     pool = x.new_full((B * n + unused, K, size, D), float("nan"))
     pool[integers(order[: B * n])] = pages
     return pool, order[: B * n].reshape(B, n)
 
 
 def plain_attention(q, k, v, unseen):
-    """As transformers' eager attention, whose softmax runs in float32; zeros where a row sees nothing."""
+    """transformers' eager attention, with its softmax in float32; zeros where a row sees nothing."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(torch.tensor(unseen, device=q.device)[:, None, None], float("-inf"))
@@ -92,7 +92,7 @@ def plain_attention(q, k, v, unseen):
 
 
 def assert_right(ours, q, k, v, lengths, mask):
-    """A weight is off by its score's rounding in float32, times the score."""
+    """A score's rounding in float32 gives its weight an error proportional to the score."""
     if not k.numel():
         assert (ours == 0).all()
         assert ours.shape == q.shape
@@ -118,8 +118,8 @@ garbage = st.sampled_from([float("nan"), float("inf"), float("-inf")])
 @given(st.data(), splits, garbage)
 @examples(60)
 def test_decode_attention_is_as_close_to_the_reference_as_eager_attention(dtype, data, pieces, value):
-    """Garbage lies in every place that nobody sees; the cache is a view of something larger. Only the values of padding
-    are numbers, if large ones: padding is what a model made of it."""
+    """Hidden slots hold garbage, and the cache is a view of a larger tensor. Only the values of padding are finite, if
+    large: they are what a model computed there."""
     q, k, v, lengths, mask = data.draw(steps(dtype))
     unseen, after = hidden(lengths, mask, len(q), k.shape[2]), beyond(lengths, len(q), k.shape[2])
     bad_k, bad_v = spoiled(k, unseen, value), spoiled(spoiled(v, unseen, 1e4), after, value)
@@ -133,7 +133,7 @@ def test_decode_attention_is_as_close_to_the_reference_as_eager_attention(dtype,
 @given(st.data(), st.sampled_from([1, 5, 16, 32]), splits, SEEDS)
 @examples(40)
 def test_pages_in_any_order_give_the_same_bits_as_one_cache(dtype, data, size, pieces, seed):
-    """Unused pages hold NaN, and where the table is beyond a row's length it names no page at all."""
+    """Unused pages hold NaN, and table entries beyond a row's length are out of range."""
     q, k, v, lengths, mask = data.draw(steps(dtype, rows=(1, 2, 3)))
     rng, (B, _, S, _) = np.random.default_rng(seed), k.shape
     lengths = np.full(B, S) if lengths is None else lengths
@@ -161,7 +161,7 @@ def test_pages_in_any_order_give_the_same_bits_as_one_cache(dtype, data, size, p
 
 
 def test_rows_may_share_pages():
-    """A common prompt lies in memory once."""
+    """A common prompt is stored once."""
     rng = np.random.default_rng(0)
     q, pages = normal(rng, (2, 4, 1, 16), torch.float32), normal(rng, (4, 2, 5, 16), torch.float32)
     table = np.array([[3, 0, 1], [3, 0, 2]])
@@ -235,7 +235,7 @@ def test_large_heads(head_dim):
 
 @pytest.mark.parametrize("S", [496, 512, 513, 700])
 def test_a_long_cache_in_as_many_pieces_as_there_may_be(S):
-    """Pieces of one block and of two, the last one short, most of them empty for the short rows."""
+    """Pieces of one block and of two, the last one partial, and most of them empty for the short rows."""
     rng = np.random.default_rng(S)
     q, (k, v) = normal(rng, (3, 2, 1, 16), torch.float32), normal(rng, (2, 3, 1, S, 16), torch.float32)
     lengths = np.array([S, 17, 0])

@@ -1,4 +1,4 @@
-"""flash_attention against the reference: who sees whom, in any layout, and nothing from where nobody looks."""
+"""flash_attention against the reference: every kind of mask, any layout, and no influence of hidden keys."""
 
 from itertools import pairwise
 from unittest import mock
@@ -38,7 +38,7 @@ lengths_in_tokens = st.integers(0, 40) | st.sampled_from([15, 16, 17, 31, 32, 33
 
 @st.composite
 def attentions(draw, dtype=None, rows=(0, 1, 1, 2, 3)):
-    """(q, k, v): MHA, GQA and MQA, sharp and flat, T and S free of each other and perhaps 0."""
+    """(q, k, v): MHA, GQA and MQA, sharp and flat softmaxes, T and S independent and possibly 0."""
     dtype = dtype or draw(st.sampled_from(DTYPES))
     B, K, G = draw(st.sampled_from(rows)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     T, S, D = draw(lengths_in_tokens), draw(lengths_in_tokens), draw(head_dims)
@@ -50,7 +50,7 @@ def attentions(draw, dtype=None, rows=(0, 1, 1, 2, 3)):
 
 @st.composite
 def borders(draw, T):
-    """cu_seqlens: texts of any length, empty ones and texts of one token among them, borders beside those of blocks."""
+    """cu_seqlens: texts of any length, including 0 and 1, with boundaries at and next to those of blocks."""
     near = [b + d for b in range(0, T + 1, 16) for d in (-1, 0, 1) if 0 <= b + d <= T]
     inner = draw(st.lists(st.integers(0, T) | st.sampled_from(near), max_size=5))
     return np.array([0, *sorted(inner), T])
@@ -58,7 +58,7 @@ def borders(draw, T):
 
 @st.composite
 def sights(draw, q, k):
-    """Keyword arguments that say who sees whom: any of them, in any combination that is allowed."""
+    """Keyword arguments that determine visibility, in any allowed combination."""
     (B, _, T, _), S = q.shape, k.shape[2]
     per_row = st.lists(st.integers(0, S), min_size=B, max_size=B)
     args = {"causal": draw(st.booleans())}
@@ -83,7 +83,7 @@ def sights(draw, q, k):
 
 
 def for_kernel(args, draw=None):
-    """The same with tensors, int32 or int64, in any layout."""
+    """Convert args to tensors; with `draw`, of any dtype and layout."""
     out = {}
     for name, value in args.items():
         if name in ("causal", "offset"):
@@ -106,7 +106,7 @@ def first_keys_of(args, B, T):
 
 
 def visible(args, B, T, S):
-    """(B, T, S): the definition, in the plain form."""
+    """(B, T, S): the definition of visibility, written out."""
     key, place = np.arange(S), np.arange(T)[:, None] + args.get("offset", S - T)
     seen = key >= np.asarray(args.get("starts", np.zeros(B)))[:, None, None]
     seen = seen & (key < np.asarray(args.get("lengths", np.full(B, S)))[:, None, None])
@@ -117,7 +117,7 @@ def visible(args, B, T, S):
 
 
 def plain_attention(q, k, v, seen):
-    """As transformers' eager attention, whose softmax runs in float32; zeros where a query sees nothing."""
+    """transformers' eager attention, with its softmax in float32; zeros where a query sees nothing."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     seen = torch.tensor(seen, device=q.device)[:, None]
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
@@ -125,12 +125,12 @@ def plain_attention(q, k, v, seen):
 
 
 def assert_right(ours, lse, q, k, v, args):
-    """`ours` and `lse` against the reference. A weight is off by its score's rounding in float32, times the score."""
+    """Check `ours` and `lse`. A score's rounding in float32 gives its weight an error proportional to the score."""
     B, _, T, D = q.shape
     truth, lse_truth = reference.flash_attention(*map(exact, (q, k, v)), **for_reference(args), return_lse=True)
     plain = plain_attention(q, k, v, visible(args, B, T, k.shape[2]))
     largest_q, largest_k, largest_v = (float(x.abs().max()) if x.numel() else 0.0 for x in (q, k, v))
-    score = 1 + largest_q * largest_k * D**0.5  # Cauchy and Schwarz, at least the largest
+    score = 1 + largest_q * largest_k * D**0.5  # Cauchy-Schwarz: at least the largest score
     assert_no_worse(ours, plain, truth, terms=largest_v, float32_terms=4 * score * largest_v)
     assert ours.transpose(1, 2).is_contiguous()
     if lse is None:
@@ -143,9 +143,8 @@ def assert_right(ours, lse, q, k, v, args):
 
 
 def spoiled(k, v, args, T, value):
-    """k and v with garbage where no query of the row can look: before its start and every first key, from its length
-    or the last query's place on. Where the mask says padding it is a large number: padding is what a model made of it.
-    """
+    """Return k and v with garbage where no query of the row can look: before its start and every first key, and from
+    its length or the last query's position on. Masked keys are large but finite: they are what a model computed."""
     B, S = k.shape[0], k.shape[2]
     k, v, key = k.clone(), v.clone(), np.arange(S)
     first = np.maximum(args.get("starts", [0] * B), first_keys_of(args, B, T).min(axis=1, initial=S))
@@ -160,7 +159,7 @@ def spoiled(k, v, args, T, value):
     return k, v
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter says what is read")
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter shows what is read")
 @pytest.mark.parametrize("hole", [None, 3, 60])
 def test_a_block_of_queries_reads_no_mask_beyond_the_last_key_that_it_sees(hole, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
@@ -260,7 +259,7 @@ def test_a_rows_bits_do_not_depend_on_its_batch(drawn, data):
 
 
 def assert_equal_but_for_rounding(a, b, v):
-    """Both stand within an ulp of the largest value of the truth."""
+    """Assert that a and b differ by at most two ulps of the largest value."""
     assert_no_worse(a, a, exact(b), terms=float(v.abs().max()) if v.numel() else 0.0, factor=0.0)
 
 
@@ -288,7 +287,7 @@ def test_padding_on_either_side_changes_nothing(dtype, real, left, seed):
 @given(st.sampled_from(DTYPES), st.integers(1, 60), st.integers(0, 40), st.data(), SEEDS)
 @examples(25)
 def test_chunks_of_a_prompt_equal_the_whole(dtype, T, room, data, seed):
-    """Each chunk reads a cache with room to spare, in which the places to come hold garbage."""
+    """Each chunk reads a cache with spare room, whose unwritten slots hold garbage."""
     rng = np.random.default_rng(seed)
     q, k, v = normal(rng, (2, 2, T, 8), dtype), *(normal(rng, (2, 1, T, 8), dtype) for _ in range(2))
     whole = flash_attention(q, k, v)
@@ -303,7 +302,7 @@ def test_chunks_of_a_prompt_equal_the_whole(dtype, T, room, data, seed):
 @given(attentions(rows=(1, 2)), st.booleans(), st.data())
 @examples(30)
 def test_outputs_over_two_halves_of_the_keys_combine_to_the_whole(drawn, causal, data):
-    """o = w o₁ + (1 - w) o₂, w = exp(lse₁ - lse): what rings of GPUs and split caches do."""
+    """o = w o₁ + (1 - w) o₂, w = exp(lse₁ - lse): as ring attention and split caches do."""
     q, k, v = drawn
     T, S = q.shape[2], k.shape[2]
     cut, offset = data.draw(st.integers(0, S)), data.draw(st.integers(0, max(S - T, 0)))
@@ -323,7 +322,7 @@ def test_outputs_over_two_halves_of_the_keys_combine_to_the_whole(drawn, causal,
 @given(st.integers(1, 60).flatmap(lambda T: st.tuples(st.just(T), borders(T))), st.integers(0, 2), SEEDS)
 @examples(15)
 def test_packed_texts_equal_each_text_alone(packed, spoil, seed):
-    """And a text that is garbage spoils no block of queries in which it has no token."""
+    """And a garbage text affects no block of queries in which it has no token."""
     T, cu_seqlens = packed
     rng = np.random.default_rng(seed)
     q, k, v = (normal(rng, (1, heads, T, 8), torch.float32) for heads in (2, 1, 1))
@@ -357,7 +356,7 @@ def spied(made):
 @given(st.data())
 @examples(35)
 def test_keys_by_descriptors_give_the_bits_of_keys_by_addresses(dtype, data):
-    """As on Hopper; garbage where no query looks comes along with every block and must not spread."""
+    """As on Hopper. Hidden garbage is loaded along with every block and must not spread."""
     q, k, v = data.draw(attentions(dtype, rows=(1, 2)))
     args = data.draw(sights(q, k))
     given_k, given_v = spoiled(k, v, args, q.shape[2], data.draw(st.sampled_from([float("nan"), float("inf")])))
@@ -382,14 +381,14 @@ def test_keys_by_descriptors_give_the_bits_of_keys_by_addresses(dtype, data):
         (lambda x: x, True),
         (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), True),  # (B, S, K, D) in memory
         (lambda x: laid_out(x, "sliced")[..., :0], False),
-        (lambda x: x.repeat(1, 1, 2, 1)[:, :, :33], True),  # a cache with room
-        (lambda x: laid_out(x, "shifted"), False),  # starts on no border of 16 bytes
-        (lambda x: laid_out(x, "every other"), False),  # numbers not side by side
+        (lambda x: x.repeat(1, 1, 2, 1)[:, :, :33], True),  # a cache with spare room
+        (lambda x: laid_out(x, "shifted"), False),  # not 16-byte aligned
+        (lambda x: laid_out(x, "every other"), False),  # last axis not contiguous
         (lambda x: laid_out(x, "reversed axes"), False),
         (lambda x: x[:1].expand(2, -1, -1, -1), False),  # a stride of 0
-        (lambda x: x[..., :4].repeat(1, 1, 1, 2)[..., :7], True),  # 7 of 8, rows on borders
+        (lambda x: x[..., :4].repeat(1, 1, 1, 2)[..., :7], True),  # 7 of 8, with aligned rows
         (lambda x: x[..., :7].contiguous(), False),
-        (lambda x: x[:1, :1].as_strided((1, 1, 33, 8), (3, 5, 8, 1)), True),  # axes of one place have no say
+        (lambda x: x[:1, :1].as_strided((1, 1, 33, 8), (3, 5, 8, 1)), True),  # strides of axes of length 1 are free
     ],
 )
 def test_descriptors_are_used_where_they_can_address_the_keys(build, addressable):

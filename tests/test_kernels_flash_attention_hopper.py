@@ -1,6 +1,6 @@
-"""flash_attention_hopper without a GPU: its own source under `gluon_emulator`, and what shows that this could fail.
+"""flash_attention_hopper without a GPU: its source under `gluon_emulator`, and mutants that the tests must catch.
 
-What only a GPU can show runs with --gpu, in processes of their own: a part that waits for ever holds the whole GPU.
+What only a GPU can show runs with --gpu, each test in a process of its own: a deadlock blocks the whole GPU.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @contextlib.contextmanager
 def emulated(seed=0, tile=(32, 16, 2), processors=2, module=hopper, watched=None):
-    """Within, flash_attention believes that it is on a Hopper with so many processors, and is asked for this kernel."""
+    """Make flash_attention run this kernel, emulated, as if on a Hopper with `processors` multiprocessors."""
     kernel = Emulated(module._flash_attention_hopper_kernel, seed, watched)
     with (
         mock.patch.dict(os.environ, {"LLAMA_TRITON_HOPPER": "1"}),
@@ -49,13 +49,13 @@ def emulated(seed=0, tile=(32, 16, 2), processors=2, module=hopper, watched=None
         yield
 
 
-cpu_only = pytest.mark.skipif(not launch.INTERPRETED, reason="takes the place of a GPU; runs without --gpu")
+cpu_only = pytest.mark.skipif(not launch.INTERPRETED, reason="emulates a GPU; runs without --gpu")
 tile_shapes = st.tuples(st.sampled_from([16, 32, 64]), st.sampled_from([8, 16, 32]), st.integers(1, 4))
 
 
 @st.composite
 def attentions(draw):
-    """(q, k, v) such as the kernel takes: halves, heads of 64 or 128, more than a few queries."""
+    """(q, k, v) that the kernel accepts: half precision, heads of 64 or 128, more than a few queries."""
     dtype, D = draw(st.sampled_from(HALVES)), draw(st.sampled_from([64, 64, 128]))
     B, K, G = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     T, S = draw(st.integers(17, 70)), draw(st.integers(1, 90))
@@ -65,7 +65,7 @@ def attentions(draw):
 
 
 def of_projection(x):
-    """Tokens outermost, as projections make them."""
+    """Lay x out with tokens before heads, as projections do."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -73,7 +73,7 @@ def of_projection(x):
 @given(attentions(), st.data(), tile_shapes, st.integers(1, 5), SEEDS)
 @settings(max_examples=120)
 def test_the_source_computes_attention_whatever_comes_first(drawn, data, tile, processors, seed):
-    """Every kind of padding, packing and offset, garbage where nobody looks, and any order of events."""
+    """Every kind of padding, packing and offset, garbage in hidden keys, and any order of events."""
     q, k, v = drawn
     args = data.draw(sights(q, k)) | {"causal": True}
     garbage = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
@@ -94,7 +94,7 @@ by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def examples(kind, count, largest):
-    """(q, k, v, arguments) of one kind: what hypothesis, which likes extremes, draws too seldom together."""
+    """Yield (q, k, v, arguments) of one kind: combinations that hypothesis, which favours extremes, rarely draws."""
     for seed in range(count):
         rng = np.random.default_rng([*kind.encode(), seed])
         B, K, G, D = rng.integers(1, 4), rng.integers(1, 3), rng.integers(1, 5), rng.choice([64, 128])
@@ -121,10 +121,10 @@ TILES = [(32, 16, 2), (16, 8, 1), (64, 32, 3), (32, 32, 2), (16, 16, 4), (64, 8,
 
 
 def pairs_of(q, k, v, args, tile):
-    """Hold the blocks that the consumers meet against who sees whom; how many pairs had no need of a mask."""
+    """Check the blocks that the consumers visit against visibility; return the number of pairs in unmasked blocks."""
     B, H, T, S = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     met, bare = np.zeros((B, H, T, S), int), np.zeros((B, H, T, S), bool)
-    where = {}  # by part: what its latest tile was
+    where = {}  # thread -> its latest tile
 
     def note_tile(found, *_):
         b, h, t0, *_ = found
@@ -150,7 +150,7 @@ def pairs_of(q, k, v, args, tile):
 
 
 def plain(function, **more):
-    """A jit function as the Python it is, with the compiler's `//`: towards zero."""
+    """Return a jit function as plain Python, with the compiler's `//`, which rounds towards zero."""
     scope = dict(function.fn.__globals__) | more
     for name in ("tile_at",):
         scope[name] = gluon_emulator.python(getattr(hopper, name), scope)
@@ -181,7 +181,7 @@ def test_no_program_works_longer_than_another_by_more_than_the_longest_tile(prog
 @given(st.integers(-(2**31), 2**31 - 1), st.integers(-(2**30), 2**30), st.integers(1, 2**30), st.data())
 @settings(max_examples=200)
 def test_blocks_of_any_numbers_stay_within_32_bits_and_the_keys(first, last, S, data):
-    """Starts, lengths and first keys come from the caller and may be anything."""
+    """Starts, lengths and first keys come from the caller and may have any value."""
     begin, end, blocks = plain(hopper.block_range)(Int(first), Int(last), Int(S), 128)
     assert 0 <= begin <= end <= S
     assert blocks >= 1
@@ -202,7 +202,7 @@ def some(T, S, D=64, dtype=torch.float16, B=1, H=2, K=1):
 @cpu_only
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_no_order_of_events_changes_a_bit(stages):
-    """The barriers' protocol: one to nine blocks, tiles after tiles, a producer ahead or behind."""
+    """The barrier protocol: one to nine blocks, several tiles in turn, the producer ahead or behind."""
     for blocks in range(1, 10):
         q, k, v = some(40, 40 + 16 * (blocks - 1) - 7)
         outs = []
@@ -269,7 +269,7 @@ MUTANTS = {
 
 
 def variant(old, new, folder):
-    """The kernel's module with one thing changed."""
+    """Load the kernel's module with one change to its source."""
     source = Path(hopper.__file__).read_text()
     assert source.count(old) == 1, old
     path = folder / "flash_attention_hopper.py"
@@ -372,9 +372,9 @@ def test_what_the_gpu_is_asked_is_right_in_the_emulator(kind, tile, count):
 @pytest.mark.needs_gpu
 @by_kind
 def test_natively_in_a_process_of_its_own(kind):
-    """A wrong parity waits for ever: the process is ended after two minutes."""
+    """A wrong parity deadlocks: the process is killed after two minutes."""
     if launch.family(DEVICE) != "sm_90":
-        pytest.skip("a kernel for Hopper")
+        pytest.skip("needs a Hopper GPU")
     code = f"import test_kernels_flash_attention_hopper as here; here.check_examples({kind!r})"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])

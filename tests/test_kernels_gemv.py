@@ -39,7 +39,7 @@ WIDTHS = around_powers_of_two(80)
 
 
 def float32_terms(x, *weights):
-    """What sums to the largest number: a bound on what the order of float32 sums can change."""
+    """The largest sum of absolute products, which bounds what the order of float32 sums can change."""
     return max(float((np.abs(exact(x)) @ np.abs(exact(weight)).T).max(initial=0)) for weight in weights)
 
 
@@ -61,7 +61,7 @@ def test_gemv_is_as_close_to_the_reference_as_eager_pytorch(dtype, rows, width, 
 @given(ROWS, WIDTHS, st.integers(1, 20), st.sampled_from([0.1, 1.0, 10.0]), layouts, layouts, SEEDS)
 @examples(30)
 def test_a_gate_is_what_its_parts_are(dtype, rows, width, out, scale, layout, up_layout, seed):
-    """Both products are rounded before they meet, as they are between kernels."""
+    """Both products are rounded before they are combined, as between separate kernels."""
     rng = np.random.default_rng(seed)
     x = normal(rng, (rows, width), dtype, scale)
     gate = laid_out(normal(rng, (out, width), dtype, width**-0.5), layout)
@@ -89,7 +89,7 @@ def test_layout_changes_no_bit(rows, width, layout, seed):
 @given(ROWS, WIDTHS, st.lists(st.tuples(st.integers(0, 20), layouts), min_size=2, max_size=3), SEEDS)
 @examples(20)
 def test_weights_side_by_side_are_read_as_each_alone(rows, width, outs, seed):
-    """Whatever the layout of each."""
+    """Whatever the layout of each weight."""
     rng = np.random.default_rng(seed)
     x = normal(rng, (rows, width), torch.float16)
     weights = [laid_out(normal(rng, (out, width), torch.float16), layout) for out, layout in outs]
@@ -132,7 +132,7 @@ def test_a_dtype_that_does_not_fit_is_named():
 @given(ROWS, st.integers(1, 1100), SEEDS)
 @examples(5)
 def test_what_is_loaded_before_the_wait_is_counted_once(rows, width, seed):
-    """The path of programmatic dependent launch, in the interpreter, where there is nothing to wait for."""
+    """The path of programmatic dependent launch; in the interpreter there is nothing to wait for."""
     rng = np.random.default_rng(seed)
     x, a, b = (normal(rng, (n, width), torch.float32) for n in (rows, 5, 5))
     with pytest.MonkeyPatch.context() as patch:
@@ -182,7 +182,7 @@ for weights in ((w, turned, far), (turned, far, w), (far, w, turned)):
 
 
 def printed(script):
-    """By `script` in a Python without the interpreter, which knows nothing of types or machine code."""
+    """Return the numbers `script` prints without the interpreter, which knows neither types nor machine code."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, env=kept,
                           capture_output=True, text=True, check=True)  # fmt: skip
@@ -191,15 +191,15 @@ def printed(script):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels here")
 def test_weights_side_by_side_may_have_strides_of_several_types():
-    """One, whole numbers of 32 bits and of 64 are three types to the compiler."""
+    """Strides of 1, of 32 bits and of 64 bits are three types to the compiler."""
     assert printed(MIXED) == [[1]] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels here")
 def test_weights_are_on_their_way_before_the_kernel_before_is_waited_for():
-    """Programmatic dependent launch, in the code for Hopper: let the next kernel start, load weights, wait, load x.
+    """Programmatic dependent launch, in Hopper's PTX: launch the dependents, load weights, wait, load x.
 
-    Only where it is asked for, and never before Hopper.
+    Only on request, and never before Hopper.
     """
     plain, pdl, old, old_pdl = printed(PTX)
     for without in (plain, old, old_pdl):

@@ -1,4 +1,4 @@
-"""What all kernels have in common: namesakes, refusals, torch.compile, determinism, offsets beyond 2³¹."""
+"""What all kernels share: reference namesakes, argument checks, torch.compile, determinism, offsets beyond 2³¹."""
 
 import ast
 import importlib
@@ -43,14 +43,14 @@ from llama.kernels.swiglu import swiglu
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in (ROOT / "kernels").glob("*.py")}
 KERNELS = sorted(name for name, path in FILES.items() if "@triton.jit" in path.read_text())
-NO_NAMESAKE = {"check_heads"}  # public only among the kernels
+NO_NAMESAKE = {"check_heads"}  # shared by the kernels, not for users
 ONLY_KERNELS, ONLY_REFERENCE = {"in_place"}, {"block_q", "block_k"}
 
 B, H, K, T, S, D, E, V = 2, 4, 2, 3, 5, 8, 12, 7
 
 
 def arguments(dtype=torch.float32) -> dict[str, tuple]:
-    """A small call of every public function, by a name of its own: (function, arguments)."""
+    """Return small calls of every public function: name -> (function, *arguments)."""
     rng = np.random.default_rng(0)
 
     def some(*shape):
@@ -104,7 +104,7 @@ def test_every_public_function_has_a_namesake_in_the_reference(module):
     jitted = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.decorator_list}
     names = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"} - jitted - NO_NAMESAKE
     assert names
-    assert names <= {function.__name__ for function, *_ in arguments().values()}, "no test here calls it"
+    assert names <= {function.__name__ for function, *_ in arguments().values()}, "not in arguments()"
     for name in names:
         ours = inspect.signature(getattr(importlib.import_module(f"llama.kernels.{module}"), name)).parameters
         theirs = inspect.signature(getattr(reference, name)).parameters
@@ -114,7 +114,7 @@ def test_every_public_function_has_a_namesake_in_the_reference(module):
 
 
 def test_every_operator_is_called_here():
-    """The schemas in the files, against what the calls above reach."""
+    """The operators that the files define are those that the calls above reach."""
     reached = set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -192,7 +192,7 @@ except ValueError as error:
 
 
 def operator_calls(name, dtype=torch.float32):
-    """(operator, arguments) as the public function calls it."""
+    """The (operator, args, kwargs) that the public function calls."""
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -209,7 +209,7 @@ def operator_calls(name, dtype=torch.float32):
 
 @every_call
 def test_operators_keep_their_word(name):
-    """PyTorch's own check: the schema says what is written to, the fake gives the shapes, strides and dtypes."""
+    """PyTorch's opcheck: the schema declares what is mutated, the fake returns the right shapes, strides and dtypes."""
     for op, args, kwargs in operator_calls(name):
         library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
@@ -219,13 +219,13 @@ def test_operators_keep_their_word(name):
 def test_fake_outputs_are_like_the_real_ones(name, dtype, data):
     for op, args, kwargs in operator_calls(name, dtype):
         args = [laid_out(x, data.draw(layouts)) if isinstance(x, torch.Tensor) else x for x in args]
-        if data.draw(st.booleans()):  # a batch of none
+        if data.draw(st.booleans()):  # an empty batch
             args = [x[:0] if isinstance(x, torch.Tensor) and x.dim() > 2 and len(x) == B else x for x in args]
             if "attention" in str(op) or "rope" in str(op):
                 args = [x[:0] if isinstance(x, torch.Tensor) and len(x) == B else x for x in args]
             elif "loss" in str(op):
                 args[-2] = args[-2][:0]
-        if "rms" in str(op) or "swiglu" in str(op):  # two dtypes meet
+        if "rms" in str(op) or "swiglu" in str(op):  # mixed dtypes
             args[1] = args[1].to(data.draw(st.sampled_from(DTYPES)))
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
@@ -264,12 +264,12 @@ def test_torch_compile_by_inductor_gives_the_same():
     x, residual = normal(np.random.default_rng(1), (2, B, T, E), torch.float32)
     torch._dynamo.reset()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, of its own
+        warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's, about its own code
         assert_same(torch.compile(layer, fullgraph=True)(x, residual), layer(x, residual))
 
 
 def far(x: torch.Tensor, axis: int, stride: int) -> torch.Tensor:
-    """The numbers of x, neighbours along an axis `stride` places apart; of the memory between nothing is touched."""
+    """Return x with the given stride along `axis`; the memory between its elements is never touched."""
     strides = list(x.new_empty([1 if i == axis else size for i, size in enumerate(x.shape)]).stride())
     strides[axis] = stride
     reach = sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True)) + 1
@@ -289,20 +289,20 @@ FAR = [
 
 @pytest.mark.parametrize(("name", "index", "axis"), FAR, ids=lambda x: str(x).replace(" ", "_"))
 def test_offsets_beyond_32_bits(name, index, axis):
-    """No product with a stride is made in 32 bits: in the interpreter an overflow raises, on a GPU it would read or
-    write somewhere else."""
+    """No product with a stride is computed in 32 bits: an overflow raises in the interpreter, and on a GPU it would
+    access the wrong memory."""
     _, *expected_args = arguments(torch.float16)[name]
     function, *args = arguments(torch.float16)[name]
     expected = function(*expected_args)
     x = args[index]
     stride = 2**31 // (x.shape[axis] - 1) + 64
     if "flash" in name and axis >= 2:
-        stride = 2**23  # within a tile of 128 keys or a head of 256 numbers 32 bits must do, and so they do
+        stride = 2**23  # 32 bits must suffice, and do, within a tile of 128 keys or a head of 256 elements
     args[index] = far(x, axis, stride)
     with int32_watched():
         out = function(*args)
     assert_same(out, expected)
-    for ours, theirs in zip(args, expected_args, strict=True):  # what was written to
+    for ours, theirs in zip(args, expected_args, strict=True):  # arguments modified in place
         assert not isinstance(ours, torch.Tensor) or same_bits(ours, theirs)
 
 
@@ -315,7 +315,7 @@ def test_the_hosts_arithmetic_is_tritons(a, b):
 
 
 def test_the_length_of_a_text_changes_no_compiled_kernel():
-    """Of one head size and one kind of padding there is one prefill, whatever the lengths divide by."""
+    """One head size and one kind of padding share one prefill kernel, whatever the lengths are divisible by."""
     done = without_interpreter("""
 import torch
 from llama import static
@@ -342,7 +342,7 @@ def test_no_32_bit_overflow_in_ordinary_calls(name):
 
 def test_the_watch_sees_an_overflow():
     if DEVICE.type != "cpu":
-        pytest.skip("the interpreter watches, and this is a GPU")
+        pytest.skip("only the interpreter detects overflow")
     import triton
     import triton.language as tl
 

@@ -29,7 +29,7 @@ from llama.kernels.rms_norm import add_rms_norm, rms_norm
 memory = guard_memory()
 leading_axes = st.lists(st.integers(0, 4), max_size=3).map(tuple) | st.tuples(st.integers(1, 9))
 scales = st.sampled_from([1e-3, 1.0, 1e2])
-epsilons = st.sampled_from([1e-6, 1e-5, 0.5])  # the last shows on which side of the root it is
+epsilons = st.sampled_from([1e-6, 1e-5, 0.5])  # 0.5 shows whether it is added inside the square root
 
 
 def transformers_norm(x, weight, eps):
@@ -40,7 +40,7 @@ def transformers_norm(x, weight, eps):
 
 @st.composite
 def rows(draw):
-    """(x, residual, scale) drawn as float64, the rows of x of three sizes."""
+    """(x, residual, weight) in float64, the rows of x and residual of three magnitudes."""
     shape = (*draw(leading_axes), draw(around_powers_of_two(140)))
     rng, scale = np.random.default_rng(draw(SEEDS)), draw(scales)
     x, residual = scale * rng.normal(size=(2, *shape)) * rng.choice([0.1, 1, 10], size=(2, *shape[:-1], 1))
@@ -55,7 +55,7 @@ def test_rms_norm_is_as_close_to_the_reference_as_transformers(dtype, drawn, eps
     y = rms_norm(x, laid_out(weight, weight_layout), eps)
     plain = transformers_norm(x, weight, eps)
     assert y.dtype == plain.dtype
-    # transformers rounds twice: to x's dtype before the gain, then to the dtype that comes out
+    # transformers rounds twice: to x's dtype before the gain, then to the output's dtype
     terms = np.abs(exact(plain)).max(axis=-1) * torch.finfo(dtype).eps / torch.finfo(y.dtype).eps if y.numel() else 0
     assert_no_worse(y, plain, reference.rms_norm(exact(x), exact(weight), eps), terms=terms)
 
@@ -82,8 +82,8 @@ def test_add_rms_norm_adds_as_pytorch_and_then_is_rms_norm(
 def test_rounding_follows_transformers(dtype, weight_dtype):
     """The normalised row is rounded before it meets the gain, and a sum before it is normalised.
 
-    In another order every fourth number comes out one place off. In the same order only those numbers may that stand,
-    in float32, within the sum's own rounding (some 2⁻²³) of a border between two of 11 bits: about 1 of 1000.
+    In any other order, one element in four is off by an ulp. In this order, an element may differ only if its
+    float32 value is within the sum's own rounding error (some 2⁻²³) of a tie between two 11-bit numbers: about 0.1%.
     """
     rng = np.random.default_rng(0)
     x, residual = normal(rng, (40, 300), dtype), normal(rng, (40, 300), dtype)
@@ -109,7 +109,7 @@ def test_layout_changes_no_bit(drawn, dtype, layout, other):
 
 @pytest.mark.parametrize("width", [5, 300])
 def test_permuted_and_expanded_rows(width):
-    """Leading axes that no single stride can walk over, and rows that are one row in memory."""
+    """Leading axes that no single stride covers, and expanded rows that share memory."""
     x = normal(np.random.default_rng(1), (4, 3, 2, 5, width), torch.float32)
     weight = torch.ones(width, device=DEVICE)
     odd = x.permute(2, 0, 3, 1, 4)

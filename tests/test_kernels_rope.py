@@ -31,9 +31,9 @@ head_dims = st.sampled_from([2, 6, 8, 16, 24, 40, 64, 80, 100, 128])
 
 @st.composite
 def turns(draw, dtype=None):
-    """(q, k, cos, sin): heads of every kind, no row or token perhaps, tables for each row or one for all.
+    """(q, k, cos, sin): heads of every kind, possibly no rows or tokens, tables per row or shared.
 
-    The tables are no cosines: their halves differ, so that it shows which half is read where.
+    The tables are not real cosines: their halves differ, so that reading the wrong half shows.
     """
     dtype = dtype or draw(st.sampled_from(DTYPES))
     B, K, G, T = draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(0, 6))
@@ -94,7 +94,7 @@ def test_in_place_gives_the_same_bits_in_the_tensors_themselves_and_nowhere_else
     q, k, cos, sin = drawn
     expected = apply_rope(q, k, cos, sin)
     q, k = laid_out(q, q_layout), laid_out(k, k_layout)
-    slabs = [x.new_empty(0).set_(x.untyped_storage()) for x in (q, k)]  # the memory they lie in, with NaN between
+    slabs = [x.new_empty(0).set_(x.untyped_storage()) for x in (q, k)]  # their storage, with NaN in the gaps
     turned = [slab.clone() for slab in slabs]
     for slab, x, y in zip(turned, (q, k), expected, strict=True):
         slab.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(y)
@@ -110,14 +110,14 @@ def test_in_place_refuses_tensors_whose_elements_share_memory():
         apply_rope(x, x[:, :, :1].expand(1, 1, 3, 4), table, table, in_place=True)
     with pytest.raises(ValueError, match="apply_rope: q is expanded"):
         apply_rope(x.expand(1, 5, 3, 4), x, table, table, in_place=True)
-    one = torch.ones(1, 1, 1, 4, device=DEVICE).expand(1, 1, 1, 4)  # an axis of one place shares nothing
+    one = torch.ones(1, 1, 1, 4, device=DEVICE).expand(1, 1, 1, 4)  # an expanded axis of length 1 shares nothing
     apply_rope(one, one.clone(), table[:, :1], table[:, :1], in_place=True)
 
 
 @st.composite
 def writes(draw):
-    """turns(), v, two caches within larger slabs, and positions: distinct ones in the cache, in any order, and others
-    outside of it."""
+    """(q, k, cos, sin) of turns(), v, slabs that hold the caches, and positions: distinct cache slots in any order, and
+    others outside."""
     q, k, cos, sin = draw(turns())
     B, K, T, D = k.shape
     rng = np.random.default_rng(draw(SEEDS))
@@ -150,7 +150,7 @@ def test_to_cache_writes_the_places_inside_and_nothing_else(drawn, layout):
     assert same_bits(out, expected_q)
     if k_cache.dtype == k.dtype:
         assert same_bits(slabs[0], expected[0])
-    else:  # rounded once, from float32, where the expectation went through k's dtype
+    else:  # rounded once, from float32; the expected value was first rounded to k's dtype
         coarse = max(torch.finfo(k.dtype).eps / torch.finfo(k_cache.dtype).eps, 1)
         terms = np.abs(exact(expected[0])).max(axis=-1) * coarse
         assert_no_worse(slabs[0], expected[0], exact(expected[0]), terms=terms)
@@ -182,7 +182,7 @@ def test_positions_far_outside_are_dropped():
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(70, 3, 64), (33, 33, 256), (9, 3, 96)])
 def test_many_heads(heads, kv_heads, head_dim):
-    """More than a program turns at a time."""
+    """More heads than one program rotates at a time."""
     rng = np.random.default_rng(heads)
     q, k, v = (normal(rng, (1, count, 2, head_dim), torch.bfloat16) for count in (heads, kv_heads, kv_heads))
     cos, sin = normal(rng, (1, 2, head_dim), torch.float32), normal(rng, (1, 2, head_dim), torch.float32)

@@ -1,4 +1,4 @@
-"""Caches: what is read in pieces equals what is read at once, and what a cache can do with its rows and tokens."""
+"""KV caches: a text read in chunks equals the text read at once; operations on a cache's rows and tokens."""
 
 import copy
 import pickle
@@ -15,10 +15,10 @@ from strategies import SEEDS, batches, configs
 
 from llama import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-STATELESS = ["default", "linear", "yarn", "llama3"]  # whose angles do not depend on the length
-# The same computation in float64, split up in other ways: rounding only.
+STATELESS = ["default", "linear", "yarn", "llama3"]  # RoPE types whose angles do not depend on the length
+# The same computation in float64, split differently: only rounding differs.
 FLOAT64 = 1e-10
-# But where attentions are shown the softmax is float32, as in transformers.
+# With output_attentions the softmax runs in float32, as in transformers.
 SOFTMAX = 1e-5
 
 SMALL = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
@@ -48,7 +48,7 @@ def near(ours, theirs, bar=FLOAT64):
     return miss(ours.detach(), theirs.detach()) < bar
 
 
-# -- reading in pieces ------------------------------------------------------------------------------------------------
+# -- reading in chunks ------------------------------------------------------------------------------------------------
 
 
 @given(configs(STATELESS), SEEDS, st.data())
@@ -105,7 +105,7 @@ def test_pieces_in_float32_equal_transformers_pieces(fields, seed, data):
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_where_angles_follow_the_length_old_keys_keep_theirs(kind):
-    """As in transformers: what is cached was turned for the length that there was."""
+    """As in transformers: cached keys keep the rotation for the length at the time."""
     rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "original_max_position_embeddings": 4}
@@ -142,10 +142,10 @@ def test_a_static_cache_is_one_allocation(small, ids):
     places = set()
     for place in range(8):
         out = read(small, ids[:, place : place + 1], cache, output_attentions=True)
-        assert out.attentions[0].shape == (3, 4, 1, place + 1)  # as wide as the text, not as the room
+        assert out.attentions[0].shape == (3, 4, 1, place + 1)  # as wide as the text, not as the cache
         places.add(cache[1][1].data_ptr())
     assert len(places) == 1
-    assert cache[0][0].dtype == torch.float64  # as the tokens say
+    assert cache[0][0].dtype == torch.float64  # the keys' dtype wins
     with pytest.raises(ValueError, match="room for 8 tokens and 9 are needed"):
         read(small, ids[:, :1], cache)
     assert cache.get_seq_length() == 8
@@ -198,7 +198,7 @@ def test_transformers_caches_serve_as_well(small, ids):
 
 
 def test_transformers_static_cache_serves_or_is_refused(small, ids):
-    """It hands over all its places, empty ones too."""
+    """It returns all its slots, including empty ones."""
     fields = transformers.LlamaConfig(**SMALL)
     cache = transformers.StaticCache(config=fields, max_cache_len=12)
     try:
@@ -213,12 +213,12 @@ def test_transformers_static_cache_serves_or_is_refused(small, ids):
 @pytest.mark.parametrize("cut", [slice(0, 5), slice(-5, None), slice(None)])
 @pytest.mark.parametrize("static", [False, True])
 def test_what_is_put_into_a_cache_is_read(small, ids, old, cut, static):
-    """As those do who drop keys, or put others in front; in 4.x's way (`old`) or 5.x's."""
+    """For code that drops keys or prepends others, in transformers 4.x's way (`old`) or 5.x's."""
     ours, theirs = both_models(SMALL, 0)
     cache = StaticCache(ours.config, 20) if static else DynamicCache()
     expected = transformers.DynamicCache()
     for model, held in ((ours, cache), (theirs, expected)):
-        for chunk in (ids[:, :3], ids[:, 3:4], ids[:, 4:7]):  # leaves room behind
+        for chunk in (ids[:, :3], ids[:, 3:4], ids[:, 4:7]):  # leaves spare room
             read(model, chunk, held)
         in_front = None
         for index, layer in enumerate(held.layers):
@@ -257,7 +257,7 @@ def test_our_pairs_serve_transformers(ids):
     assert miss(read(theirs, ids[:, 5:], cache).logits, read(theirs, ids).logits[:, 5:]) < 1e-4
 
 
-# -- what a cache is --------------------------------------------------------------------------------------------------
+# -- the interface of a cache -----------------------------------------------------------------------------------------
 
 
 def test_a_cache_reads_as_a_tuple_of_pairs(small, ids):
@@ -279,7 +279,7 @@ def test_a_cache_reads_as_a_tuple_of_pairs(small, ids):
         cache[2]
     empty = DynamicCache()
     assert len(empty) == empty.get_seq_length() == 0
-    assert empty  # a cache all the same
+    assert empty  # true although empty
     assert list(empty) == []
     assert empty.to_legacy_cache() == ()
     assert StaticCache(small.config, 3).layers[0].is_initialized is False
@@ -305,7 +305,7 @@ def test_a_cache_of_pairs_and_what_else_may_come_first(small, ids):
 
 
 def test_an_unknown_keyword_of_a_cache_is_an_error(small, ids):
-    """A slip would give an empty cache, and other text."""
+    """A typo would silently give an empty cache."""
     with pytest.raises(TypeError):
         DynamicCache(ddp_cache_dat=filled(small, ids).to_legacy_cache())
     with pytest.raises(TypeError):
@@ -394,7 +394,7 @@ def test_a_copied_cache_is_another(small, ids, copier):
     assert cache.get_seq_length() == 6
 
 
-# -- what others hold of it -------------------------------------------------------------------------------------------
+# -- tensors that others hold -----------------------------------------------------------------------------------------
 
 
 def test_growing_in_place_leaves_alone_what_was_read_before(small, ids):
@@ -442,7 +442,7 @@ def test_cropping_does_not_write_into_tensors_that_were_handed_in(small, ids):
 @pytest.mark.parametrize("grown", [False, True])
 def test_cropping_does_not_write_into_what_was_read_before(small, ids, grown):
     cache = filled(small, ids[:, :6])
-    if grown:  # a buffer with room behind
+    if grown:  # a buffer with spare room
         read(small, ids[:, 6:7], cache)
     before = cache.to_legacy_cache()
     kept = copy.deepcopy(before)
@@ -457,7 +457,7 @@ def test_cropping_does_not_write_into_what_was_read_before(small, ids, grown):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("trained", ["", "q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "embed_tokens"])
 def test_gradients_pass_through_a_cache(ids, trained, static):
-    """In pieces as at once, whichever projection an adapter trains; buffers that autograd holds are not written."""
+    """In chunks as at once, whichever projection an adapter trains; buffers saved by autograd are not overwritten."""
     model = both_models(SMALL, 0)[0].double().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
@@ -475,7 +475,7 @@ def test_gradients_pass_through_a_cache(ids, trained, static):
 
 
 def test_a_prefix_that_is_trained_gets_its_gradient(ids):
-    """As prefix tuning does: the cache handed in is made of parameters."""
+    """As in prefix tuning: the cache passed in consists of parameters."""
     ours, theirs = both_models(SMALL, 0)
     found = []
     for model, make in ((ours, DynamicCache), (ours, tuple), (theirs, transformers.DynamicCache)):
@@ -508,7 +508,7 @@ def test_training_may_go_on_from_a_cache_without_gradients(ids):
     for cache in (filled(model, ids[:, :3]), StaticCache(model.config, 9)):
         if cache.get_seq_length() == 0:
             read(model, ids[:, :3], cache)
-        read(model, ids[:, 3:4], cache)  # a buffer with room behind
+        read(model, ids[:, 3:4], cache)  # a buffer with spare room
         kept = copy.deepcopy(cache.to_legacy_cache())
         model.zero_grad()
         out = model(ids[:, 4:6], past_key_values=cache)
@@ -521,11 +521,11 @@ def test_training_may_go_on_from_a_cache_without_gradients(ids):
 
 
 def test_what_was_read_in_inference_mode_can_be_read_on_outside(small, ids):
-    """Tensors of inference mode may not be written elsewhere."""
+    """Inference tensors may not be written outside inference mode."""
     for static in (False, True):
         cache = StaticCache(small.config, 9) if static else DynamicCache()
         with torch.inference_mode():
-            for start, end in ((0, 4), (4, 5)):  # the second makes room behind
+            for start, end in ((0, 4), (4, 5)):  # the second leaves spare room
                 small(ids[:, start:end], past_key_values=cache)
         for place in (5, 6):
             out = read(small, ids[:, place : place + 1], cache)

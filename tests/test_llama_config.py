@@ -1,4 +1,4 @@
-"""LlamaConfig: every argument, both spellings, in and out of files, and what is refused."""
+"""LlamaConfig: every argument, both spellings, to and from files, and what is rejected."""
 
 import copy
 import json
@@ -95,7 +95,7 @@ def test_both_spellings_mean_the_same(fields):
         scaling = {key: rope["rope_type"]} | {name: value for name, value in rope.items() if name != "rope_type"}
         kept = copy.deepcopy(scaling)
         same = LlamaConfig(**old | {"rope_scaling": scaling})
-        assert scaling == kept  # 4.46 writes into it
+        assert scaling == kept  # transformers 4.46 modifies it
         assert same == new
         assert same.rope_parameters == new.rope_parameters
     assert LlamaConfig(**new.to_dict()) == new
@@ -142,7 +142,7 @@ def test_round_trips(tmp_path_factory, fields, way, data):
 
 
 def angles(config) -> tuple[np.ndarray, float]:
-    """inv_freq and the scale, as transformers computes them."""
+    """Return transformers' inv_freq and attention scaling."""
     rotary = LlamaRotaryEmbedding(config)
     return rotary.inv_freq.numpy(), rotary.attention_scaling
 
@@ -225,7 +225,7 @@ def test_from_dict_takes_keywords_for_attributes_and_gives_back_the_others():
 
 @pytest.mark.parametrize("hash_seed", ["1", "2", "3", "4"])
 def test_from_dict_means_the_same_in_every_process(hash_seed):
-    """Keywords that depend on each other are set in one order, not in that of a set of strings."""
+    """Keywords that depend on each other are set in a fixed order, not in that of a set of strings."""
     code = """
 from llama import LlamaConfig
 lists = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
@@ -241,7 +241,7 @@ print(config.rope_parameters["factor"], config.rope_theta, config.head_dim)
 
 
 def test_what_follows_from_other_fields_can_be_asked_for_again():
-    """None stands for "as follows from the rest", wherever it is said."""
+    """None means "derived from the other fields", wherever it is set."""
     config = LlamaConfig.from_dict(
         {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 9, "intermediate_size": 8},
         num_attention_heads=8, num_key_value_heads=None, head_dim=None,
@@ -279,7 +279,7 @@ def test_json_files(tmp_path):
 
 
 def test_transformers_4_finds_what_it_looks_for():
-    """A float factor, `rope_scaling` without theta, and longrope's original length outside."""
+    """A float factor, `rope_scaling` without theta, and longrope's original length at the top level."""
     lists = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
     data = LlamaConfig(rope_scaling={"type": "linear", "factor": 8}).to_dict()
     assert type(data["rope_scaling"]["factor"]) is float
@@ -362,7 +362,7 @@ def test_dtype_has_two_names_and_two_forms(name):
 
 def test_labels_follow_each_other():
     assert LlamaConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    config = LlamaConfig(id2label={"0": "no", "1": "yes", "2": "both"})  # as JSON has it
+    config = LlamaConfig(id2label={"0": "no", "1": "yes", "2": "both"})  # string keys, as in JSON
     assert config.num_labels == 3
     assert config.id2label == {0: "no", 1: "yes", 2: "both"}
     assert config.label2id == {"no": 0, "yes": 1, "both": 2}
@@ -485,7 +485,7 @@ def test_a_class_of_ones_own_may_have_its_own_type_and_architecture():
     class Mine(LlamaConfig):
         model_type = "mine"
 
-    for kind in ("mine", "llama", None):  # a Llama's file is read, and saved as one's own
+    for kind in ("mine", "llama", None):  # a Llama file can be read, and is saved as the subclass's
         assert Mine(model_type=kind).to_dict()["model_type"] == "mine"
     with pytest.raises(ValueError, match="model_type is 'mistral'; only 'mine' models can be read"):
         Mine(model_type="mistral")

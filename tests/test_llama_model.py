@@ -34,24 +34,24 @@ from llama.activations import ACTIVATIONS
 from llama.modeling import LlamaRMSNorm
 from llama.outputs import CausalLMOutputWithPast
 
-# Two float32 computations in another order: 6e-8 per operation, times the few hundred operations and the sharp
+# Two float32 computations in different orders: 6e-8 per operation, times a few hundred operations and the sharp
 # attention of these models. A wrong convention shows at 1e-2 and above.
 FLOAT32 = 1e-4
-# A gradient passes all of that twice.
+# A gradient passes through all of that twice.
 GRADIENT = 5e-4
-# float64, but for what both sides keep in float32: cos and sin.
+# float64, except for what both sides keep in float32: cos and sin.
 FLOAT64 = 1e-5
 
 CLASSES = ["LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaForTokenClassification",
            "LlamaForQuestionAnswering"]  # fmt: skip
 SMALL = dict(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-STATELESS = ["default", "linear", "yarn", "llama3"]  # whose angles do not depend on the length
+STATELESS = ["default", "linear", "yarn", "llama3"]  # RoPE types whose angles do not depend on the length
 
 
 @st.composite
 def models(draw, kinds=None, **options):
-    """(transformers' fields, ids, mask, seed of the weights); ids and mask as arrays"""
+    """(transformers' fields, ids, mask, seed of the weights), with ids and mask as arrays."""
     fields = draw(configs(kinds)) | {"pad_token_id": draw(st.sampled_from([None, 0]))}
     ids, mask = draw(batches(fields["vocab_size"], **options))
     return fields, ids, mask, draw(SEEDS)
@@ -62,7 +62,7 @@ def tensor(array):
 
 
 def real_tokens(ids, mask):
-    """What padding computes is nobody's business."""
+    """Mask of the tokens whose outputs matter: all but padding."""
     return torch.ones(ids.shape, dtype=torch.bool) if mask is None else torch.tensor(mask == 1)
 
 
@@ -82,7 +82,7 @@ def test_everything_there_is_to_see_equals_transformers(drawn, implementation):
     with torch.no_grad():
         expected = theirs(tensor(ids), position_ids=counted_positions(ids, mask), **see)
         out = ours(tensor(ids), **see)
-        blind = ours(tensor(ids), tensor(mask))  # the path that keeps no weights
+        blind = ours(tensor(ids), tensor(mask))  # the path that returns no attention weights
     real = real_tokens(ids, mask)
     assert_near(out.logits[real], expected.logits[real])
     assert_near(blind.logits[real], expected.logits[real])
@@ -101,7 +101,7 @@ def test_everything_there_is_to_see_equals_transformers(drawn, implementation):
 @given(models(), st.booleans())
 @settings(max_examples=60)
 def test_float64_equals_the_reference_in_padding_too(drawn, eager):
-    """Where a token may see no key, both give zeros; transformers averages."""
+    """Where a token sees no key, both give zeros; transformers averages."""
     fields, ids, mask, seed = drawn
     ours, _ = both_models(fields, seed, attn_implementation="eager" if eager else None)
     params = as_float64({name: weight.numpy() for name, weight in ours.state_dict().items()})
@@ -120,7 +120,7 @@ def test_float64_equals_the_reference_in_padding_too(drawn, eager):
 
 
 def gradients(model, logits, real, weights, inputs=None):
-    """d(Σ weights · logits of real tokens)/d(every parameter), and by `inputs` where there are any."""
+    """Return the gradients of Σ weights · real tokens' logits for every parameter, and `inputs` if given."""
     model.zero_grad()
     (logits[real] * weights).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -129,7 +129,7 @@ def gradients(model, logits, real, weights, inputs=None):
 
 def assert_gradients_near(ours, theirs, bar=GRADIENT):
     assert ours.keys() == theirs.keys()
-    # What cancels (a key's bias, say) leaves noise of the size of what it cancelled.
+    # Terms that cancel (a key's bias, say) leave noise on the scale of what cancelled.
     largest = max(float(g.abs().max()) for g in theirs.values() if g is not None)
     for name, their in theirs.items():
         if their is None:
@@ -206,7 +206,7 @@ def test_a_mask_with_holes_counts_what_is_left():
             assert_near(logits[row, real], ours(ids[row : row + 1, real]).logits[0], 1e-5)
 
 
-# -- the half dtypes --------------------------------------------------------------------------------------------------
+# -- half precision ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("implementation", [None, "eager"])
@@ -219,7 +219,7 @@ def test_half_precision_misses_the_truth_by_no_more_than_transformers(dtype, imp
         ids = rng.integers(0, 30, (2, 20))
         mask = (np.arange(20) >= [[0], [7]]).astype(int)
         ours, theirs = (model.to(dtype) for model in both_models(fields, seed, attn_implementation=implementation))
-        theirs.model.rotary_emb.inv_freq = ours.model.rotary_emb.inv_freq  # theirs is rounded by the move
+        theirs.model.rotary_emb.inv_freq = ours.model.rotary_emb.inv_freq  # `.to` rounds theirs
         params = {name: weight.double().numpy() for name, weight in ours.state_dict().items()}
         truth = torch.tensor(reference.forward(params, reference.Config.from_dict(fields), ids, mask).logits)
         with torch.no_grad():
@@ -231,14 +231,14 @@ def test_half_precision_misses_the_truth_by_no_more_than_transformers(dtype, imp
         for place, logits in enumerate(found):
             assert logits.dtype == dtype
             squares[place] += float((logits.double() - truth)[real].square().mean())
-    # Over 12 models and 400,000 logits; two orders of the same roundings differ by less.
+    # Over 12 models and 12,000 logits; two orders of the same roundings differ by less.
     assert squares[0] <= 1.2 * squares[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rms_norm_rounds_where_transformers_does(dtype, weight_dtype):
-    """Before the gain: equal to the last digit. In float32 alone one rounding is free."""
+    """Before the gain: halves are equal to the last bit, but for ties."""
     theirs = transformers.models.llama.modeling_llama.LlamaRMSNorm(96, 1e-5)
     ours = LlamaRMSNorm(96, 1e-5)
     torch.manual_seed(0)
@@ -251,7 +251,7 @@ def test_rms_norm_rounds_where_transformers_does(dtype, weight_dtype):
     if dtype == torch.float32:
         assert_near(mine, their, 1e-6)
     else:
-        assert (mine != their).float().mean() < 0.002  # the mean's own last digit may turn a tie
+        assert (mine != their).float().mean() < 0.002  # the mean's last bit may turn a tie
 
 
 MOVES = {
@@ -304,7 +304,7 @@ def ids():
 
 @pytest.fixture
 def trained():
-    """A model of one's own, to train."""
+    """A fresh model to train."""
     return both_models(SMALL, 0)[0].train()
 
 
@@ -332,13 +332,13 @@ def additive(visible, dtype=torch.float32, low=None):
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, low)
 
 
-SEE = pytest.mark.parametrize("see", [False, True])  # output_attentions: another path
+SEE = pytest.mark.parametrize("see", [False, True])  # output_attentions: a different code path
 
 
 @SEE
 @pytest.mark.parametrize("kind", ["bool", "float", "infinite", "bfloat16", "per head"])
 def test_a_tree_in_a_mask_of_four_axes_equals_separate_rows(small, see, kind):
-    """Three tokens in common, then two continuations of two tokens each, in one row."""
+    """Three shared tokens, then two continuations of two tokens each, in one row."""
     row, rows = torch.tensor([[3, 1, 4, 1, 5, 9, 2]]), torch.tensor([[3, 1, 4, 1, 5], [3, 1, 4, 9, 2]])
     positions = torch.tensor([0, 1, 2, 3, 4, 3, 4])
     visible = torch.ones(7, 7, dtype=torch.bool).tril()
@@ -358,12 +358,12 @@ def test_a_tree_in_a_mask_of_four_axes_equals_separate_rows(small, see, kind):
 
 @SEE
 def test_a_mask_of_four_axes_says_it_all(small, ids, see):
-    """Nothing is added to it: tokens may see the future."""
+    """No causal mask is added to it: tokens may see the future."""
     ones = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     out = small(ids, ones, output_attentions=True)
     assert (out.attentions[0] > 0).all()
     assert_near(small(ids, additive(ones), output_attentions=see).logits, out.logits, 1e-5)
-    bias = torch.randn(2, 4, 6, 6)  # as ALiBi would: any float counts
+    bias = torch.randn(2, 4, 6, 6)  # any float bias counts, as for ALiBi
     found = small(ids, bias, output_attentions=see)
     q, k, v = torch.randn(3, 2, 4, 6, 8).unbind()
     expected = F.scaled_dot_product_attention(q, k, v, bias)
@@ -383,7 +383,7 @@ def test_a_mask_of_four_axes_after_a_cache(small, ids, see):
 @pytest.mark.parametrize("low", ["infinite", "lowest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whoever_may_see_no_key_stays_finite_under_a_float_mask(small, ids, see, low, dtype):
-    """Its values are read by nobody; were they NaN, a weight of 0 would not save the others from them."""
+    """Nothing attends to it, but a NaN would spread: a weight of 0 times NaN is NaN."""
     visible = torch.ones(6, 6, dtype=torch.bool).tril() & (torch.arange(6) >= 2)
     mask = additive(visible[None, None], torch.float32, -torch.inf if low == "infinite" else None)
     model = copy.deepcopy(small).to(dtype)
@@ -394,7 +394,7 @@ def test_whoever_may_see_no_key_stays_finite_under_a_float_mask(small, ids, see,
 
 @SEE
 def test_integers_in_a_mask_of_four_axes_mean_what_booleans_do(small, ids, see):
-    """Added to the scores as 0 and 1 they would let the future in."""
+    """Added to the scores as 0 and 1, they would let tokens see the future."""
     causal = torch.ones(1, 1, 6, 6, dtype=torch.long).tril()
     assert_near(small(ids, causal, output_attentions=see).logits, small(ids).logits, 1e-5)
 
@@ -425,7 +425,7 @@ def test_gradients_pass_rows_that_see_nothing(trained, ids, see):
 def test_positions_may_be_anywhere(small, ids):
     far = small(ids, position_ids=torch.arange(1000, 1006)).logits
     assert_near(far, small(ids, position_ids=torch.arange(1000, 1006)[None].expand(2, 6)).logits, 1e-6)
-    assert_near(far, small(ids).logits, 1e-2)  # relative positions alone matter; angles are float32
+    assert_near(far, small(ids).logits, 1e-2)  # only relative positions matter, but angles are float32
     assert not torch.equal(far, small(ids).logits)
     assert miss(small(ids, position_ids=torch.arange(0, 12, 2)).logits, small(ids).logits) > 1e-2
 
@@ -450,7 +450,7 @@ def test_whether_a_cache_is_returned(small, ids):
     cache = llama.DynamicCache()
     assert small(ids, past_key_values=cache).past_key_values is cache
     assert small(ids, past_key_values=cache, use_cache=False).past_key_values is None
-    assert cache.get_seq_length() == 12  # in place all the same
+    assert cache.get_seq_length() == 12  # still updated in place
 
 
 @pytest.mark.parametrize("implementation", [None, "sdpa", "eager"])
@@ -561,9 +561,9 @@ def test_packed_texts_equal_separate_rows(lengths, rows, seed, see, masked):
     packed, positions = torch.cat(texts, 1), torch.cat([torch.arange(n) for n in lengths])
     mask = torch.ones_like(packed) if masked else None
     if masked:
-        mask[:, 0] = 0  # a token that is nobody's
+        mask[:, 0] = 0  # padding in the first text
     with torch.no_grad():
-        for use_cache in (False, True):  # transformers packs by this
+        for use_cache in (False, True):  # which decides packing in transformers
             out = ours(packed, mask, positions, use_cache=use_cache, packed=True, output_attentions=see)
             start = 0
             for text in texts:
@@ -572,7 +572,7 @@ def test_packed_texts_equal_separate_rows(lengths, rows, seed, see, masked):
                 assert_near(out.logits[:, start : start + text.shape[1]], expected, 2e-5)
                 start += text.shape[1]
         if len(lengths) > 1 and max(lengths) > 1 and not masked:
-            assert miss(ours(packed, None, positions).logits, out.logits) > 1e-4  # with a cache an explicit option
+            assert miss(ours(packed, None, positions).logits, out.logits) > 1e-4  # with a cache, `packed` is needed
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -581,7 +581,7 @@ def test_packed_texts_equal_separate_rows(lengths, rows, seed, see, masked):
     "positions", [[[0, 1, 2, 0, 1, 0]], [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]], [[4, 5, 6, 7, 8, 9]], [[0] * 6]]
 )
 def test_positions_tell_texts_apart_where_they_do_in_transformers(trained, ids, positions, checkpointing, masked):
-    """As collators without padding pack them: with no cache and no mask."""
+    """As padding-free collators pack them: with no cache and no mask."""
     positions, theirs = torch.tensor(positions), both_models(SMALL, 0)[1].train()
     said = {"labels": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids) if masked else None}
     if checkpointing:
@@ -623,7 +623,7 @@ def test_attention_dropout_is_for_training_only(ids, see):
         torch.manual_seed(0)
         first, second = (ours(ids, output_attentions=see) for _ in range(2))
         assert miss(first.logits, second.logits) > 1e-2
-        if see:  # half of them gone, the others doubled
+        if see:  # half of the weights dropped, the others doubled
             kept = first.attentions[0] != 0
             exact = plain(ids, output_attentions=True).attentions[0]
             assert_near(first.attentions[0][kept], 2 * exact[kept], 1e-5)
@@ -633,7 +633,7 @@ def test_attention_dropout_is_for_training_only(ids, see):
         exact = plain.model.layers[0].self_attn(x, rotation)[0]
         attend = ours.model.layers[0].self_attn
         mean = torch.stack([attend(x, rotation, None, None, see)[0] for _ in range(400)]).mean(0)
-        assert miss(mean, exact) < 0.3  # 400 draws of spread 1: 0.05, of the largest of 192 numbers
+        assert miss(mean, exact) < 0.3  # 400 draws of spread 1: standard error 0.05; the largest of 192 elements
 
 
 @given(models(kinds=["default", "yarn"]), st.booleans())
@@ -671,7 +671,7 @@ def test_gradient_checkpointing_recomputes(trained, ids, monkeypatch):
 
 
 def test_gradient_checkpointing_after_a_cache_fills_it_once(trained, ids):
-    """The prefix of prompt tuning, say: what is computed again must not be appended again."""
+    """As with the prefix of prompt tuning: recomputation must not append to the cache again."""
     with torch.no_grad():
         prefix = trained(ids[:, :2], use_cache=True).past_key_values.to_legacy_cache()
     found = []
@@ -713,7 +713,7 @@ def test_an_activation_may_be_a_function(ids, act):
     assert torch.equal(model(ids).logits, named(ids).logits)
 
 
-# -- what is wrong is named -------------------------------------------------------------------------------------------
+# -- invalid arguments ------------------------------------------------------------------------------------------------
 
 
 def some_cache(model, rows=2, tokens=3):
@@ -831,7 +831,7 @@ def test_a_cache_that_breaks_off_is_named_before_it_is_filled(small, ids):
 @settings(max_examples=60)
 def test_sequence_classification_equals_transformers(drawn, num_labels, data):
     fields, ids, mask, seed = drawn
-    pad = data.draw(st.integers(0, fields["vocab_size"] - 1))  # it stands inside texts, too
+    pad = data.draw(st.integers(0, fields["vocab_size"] - 1))  # it occurs inside texts, too
     ids = ids if mask is None else np.where(mask == 1, ids, pad)
     fields, B = fields | {"pad_token_id": pad}, len(ids)
     ours, theirs = both_models(fields, seed, "LlamaForSequenceClassification", num_labels=num_labels)
@@ -852,7 +852,7 @@ def test_sequence_classification_equals_transformers(drawn, num_labels, data):
     read = np.ones(B, bool) if mask is None else mask[np.arange(B), last] == 1
     assert out.logits.shape == (B, num_labels)
     assert_near(out.logits[read], expected.logits[read])
-    assert ours.config.problem_type == kind  # transformers would remember what it found
+    assert ours.config.problem_type == kind  # transformers would store what it inferred
     if not read.all():
         return
     assert out.loss.item() == pytest.approx(expected.loss.item(), rel=FLOAT32, abs=FLOAT32)
@@ -868,10 +868,10 @@ def classifier(num_labels=3, **more):
 def test_a_text_is_read_at_its_last_token(ids):
     model, _ = classifier()
     padded = torch.cat([ids, ids, ids])
-    padded[0, 4:] = 0  # right
-    padded[1, :2] = 0  # left
+    padded[0, 4:] = 0  # on the right
+    padded[1, :2] = 0  # on the left
     padded[2, 3] = 0  # inside
-    padded[3] = 0  # nothing but
+    padded[3] = 0  # everywhere
     padded[4, [0, 5]] = 0
     mask = (padded != 0).long()
     mask[3, 0] = 1
@@ -885,7 +885,7 @@ def test_a_text_is_read_at_its_last_token(ids):
 
 
 def test_embeddings_of_a_batch_are_read_where_the_mask_says():
-    """Where transformers warns and reads padding."""
+    """Where transformers warns and reads padding instead."""
     model, theirs = classifier()
     vectors = torch.randn(1, 5, 16)
     assert_near(model(inputs_embeds=vectors).logits, theirs(inputs_embeds=vectors).logits)
@@ -902,7 +902,7 @@ def test_a_batch_of_texts_needs_a_padding_token(ids):
         model(ids)
     with pytest.raises(ValueError, match="no padding token is defined"):
         model(inputs_embeds=embeds(2, 3, 16))
-    first = LlamaForSequenceClassification(LlamaConfig(**SMALL, pad_token_id=-1)).eval()  # as LLaMA's first files
+    first = LlamaForSequenceClassification(LlamaConfig(**SMALL, pad_token_id=-1)).eval()  # as in the first LLaMA files
     assert torch.equal(first(ids).logits, first.score(first.model(ids).last_hidden_state[:, -1]))
 
 
@@ -921,7 +921,7 @@ def test_the_kind_of_problem_is_not_remembered(ids):
     model.config.problem_type = "regression"
     torch.testing.assert_close(model(ids, labels=several).loss, F.mse_loss(logits, several))
     one, _ = classifier(num_labels=1)
-    whole = torch.tensor([2, 3])  # stars
+    whole = torch.tensor([2, 3])  # say, stars
     torch.testing.assert_close(one(ids, labels=whole).loss, F.mse_loss(one(ids).logits[:, 0], whole.float()))
 
 
@@ -986,12 +986,12 @@ def test_question_answering_equals_transformers(drawn, column):
     ours, theirs = both_models(fields, seed, "LlamaForQuestionAnswering")
     B, T = ids.shape
     rng = np.random.default_rng(seed)
-    starts, ends = (torch.tensor(rng.integers(0, T + 3, B)) for _ in range(2))  # those beyond do not count
+    starts, ends = (torch.tensor(rng.integers(0, T + 3, B)) for _ in range(2))  # those beyond the text are ignored
     starts[0] = ends[0] = 0
     if column:
         starts, ends = starts[:, None], ends[:, None]
     where = dict(start_positions=starts, end_positions=ends)
-    real = real_tokens(ids, None)  # the softmax is over padding as well: masks are for the logits below
+    real = real_tokens(ids, None)  # the softmax includes padding; masked logits are compared below
     out, expected = ours(tensor(ids), **where), theirs(tensor(ids), **where)
     assert_near(out.start_logits[real], expected.start_logits[real])
     assert_near(out.end_logits[real], expected.end_logits[real])
@@ -1017,7 +1017,7 @@ def test_state_dicts_have_transformers_names_and_shapes(fields, kind):
     state = pickle.loads(pickle.dumps(ours.state_dict()))
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]  # ties too
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]  # tied weights, too
     assert ours.base_model_prefix == (theirs.base_model_prefix if kind != "LlamaModel" else "")
     assert not any(n.startswith(f"{name}.") for n, _ in ours.named_buffers() for name in state)
 
@@ -1047,7 +1047,7 @@ def test_weights_are_drawn_as_transformers_draws_them(kind):
         elif weight.shape[0] > 4:
             assert weight.std().item() == pytest.approx(0.05, rel=0.05), name
             assert abs(weight.mean().item()) < 0.005, name
-            assert weight.abs().max() > 0.05 * 2.5, name  # not truncated
+            assert weight.abs().max() > 0.05 * 2.5, name  # not a truncated normal
         else:
             assert weight.any(), name
         if "embed" in name:
@@ -1056,7 +1056,7 @@ def test_weights_are_drawn_as_transformers_draws_them(kind):
 
 @SEE
 def test_pruned_heads_are_those_whose_output_is_zero(ids, see):
-    """A key/value head goes with its whole group only; what is left may be uneven. Numbers stay the first ones."""
+    """A KV head goes only with its whole group; groups may become uneven. Heads keep their original indices."""
     whole, _ = both_models(SMALL, 0, attention_bias=True)
     pruned = copy.deepcopy(whole)
     for heads in ({0: [0, 1], 1: [3]}, {0: [3], 1: [3]}):
@@ -1077,17 +1077,17 @@ def test_pruned_heads_are_those_whose_output_is_zero(ids, see):
         pruned.prune_heads({0: [2]})
 
 
-# -- one row, read by NumPy -------------------------------------------------------------------------------------------
+# -- a single row, computed by NumPy ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["small", "large"])
 def quick(request, monkeypatch):
-    """Weights count as large from the first number on, or all as small."""
+    """Make all weights count as small, or all as large."""
     monkeypatch.setattr(ops, "IN_CACHE", {"small": 2**15, "large": 0}[request.param])
 
 
 def decode_one(model):
-    """Logits of one token: the shape that `ops.linear` has a quicker way for."""
+    """Return the logits of one token, the shape for which `ops.linear` has a fast path."""
     return model(torch.tensor([[3]]), use_cache=False).logits
 
 
@@ -1107,7 +1107,7 @@ def test_one_row_equals_the_same_row_among_others(quick, bias):
 
 
 def test_one_row_may_be_traced(quick, small):
-    """torch.jit.trace would keep what NumPy computed for the traced row."""
+    """torch.jit.trace would record NumPy's result for the traced row as a constant."""
     with torch.no_grad():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1171,14 +1171,14 @@ def test_one_row_is_normed_as_others_are(eps):
 
 
 def test_one_row_of_nothing_or_too_much_is_normed_as_others_are():
-    """Without ε the embedding of padding gives NaN, what overflows gives 0; neither raises nor warns."""
+    """Without ε a row of zeros gives NaN, and overflow gives 0; neither raises nor warns."""
     for eps, value in ((0.0, 0.0), (1e-5, 0.0), (1e-5, 1e20), (1e-5, torch.inf), (1e-5, torch.nan)):
         norm, x = LlamaRMSNorm(16, eps).requires_grad_(False), torch.full((1, 1, 16), value)
         torch.testing.assert_close(norm(x), norm(torch.cat([x, x]))[:1], equal_nan=True)
 
 
 def test_minus_one_is_no_padding(ids):
-    """As LLaMA's first files have it; to PyTorch it would be the last row."""
+    """As in the first LLaMA files; to PyTorch it would mean the last row."""
     model = LlamaModel(LlamaConfig(**SMALL, pad_token_id=-1))
     assert model.embed_tokens.weight[-1].any()
     ids[:] = 29
@@ -1187,7 +1187,7 @@ def test_minus_one_is_no_padding(ids):
     assert LlamaModel(LlamaConfig(**SMALL, pad_token_id=29)).embed_tokens.padding_idx == 29
 
 
-# -- as others know the modules ---------------------------------------------------------------------------------------
+# -- the modules as other libraries use them --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1234,8 +1234,8 @@ def test_modules_are_called_as_transformers_calls_them(ids, use_cache):
     for mine, their in zip(*heard, strict=True):
         if isinstance(mine[0], str):
             assert mine[:2] == their[:2]
-            assert mine[2] == their[2] - {"attention_mask"}  # causal: ours makes none
-        elif isinstance(mine, tuple):  # attention: what comes out, and the weights
+            assert mine[2] == their[2] - {"attention_mask"}  # causal: ours builds no mask
+        elif isinstance(mine, tuple):  # attention: the output and the weights
             assert_near(mine[0], their[0])
             assert_near(mine[1], their[1])
         else:
@@ -1278,7 +1278,7 @@ def test_modules_have_the_attributes_of_transformers():
     assert_near(ours.model.rotary_emb.original_inv_freq, theirs.model.rotary_emb.original_inv_freq, 1e-6)
     assert ours.model.layers[0].mlp.config is ours.config
     attention = ours.model.layers[0].self_attn
-    for name, value in (("scaling", 2.0), ("is_causal", False)):  # would be obeyed there and not here
+    for name, value in (("scaling", 2.0), ("is_causal", False)):  # transformers would use these, ours would not
         with pytest.raises(AttributeError, match=name):
             setattr(attention, name, value)
     attention.prune_heads({0, 2})
@@ -1347,7 +1347,7 @@ def test_decoding_compiles_whole_and_is_not_compiled_again_at_every_step(small, 
             made.append(len(graphs))
     assert_near(torch.cat(out, 1), expected, 1e-5)
     assert cache.get_seq_length() == 24
-    assert made[-1] <= 6  # the first, one with lengths as variables, a few as a buffer grows
+    assert made[-1] <= 6  # the first, one with dynamic lengths, and a few as the buffer grows
     torch._dynamo.reset()
 
 
@@ -1373,7 +1373,7 @@ def test_every_kind_of_rope_compiles_whole(kind, ids):
 @given(configs(), st.integers(1, 80))
 @settings(max_examples=40)
 def test_angles_are_transformers_whatever_came_before(fields, length):
-    """A fresh transformers each time: its dynamic RoPE remembers the longest text so far, ours does not."""
+    """Against a fresh transformers model: its dynamic RoPE remembers the longest text so far, ours does not."""
     ours, _ = both_models(fields, 0, "LlamaModel")
     x, positions = torch.zeros(1), torch.arange(length)[None]
     longer = torch.arange(100)[None]
@@ -1385,9 +1385,9 @@ def test_angles_are_transformers_whatever_came_before(fields, length):
 
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_threads_are_as_they_were_after_a_step_of_decoding(monkeypatch, has_openmp):
-    """A row goes through NumPy's BLAS, with PyTorch and it on one thread each meanwhile; that must not outlast it."""
+    """A row runs in NumPy's BLAS, which is limited to one thread meanwhile, as is PyTorch; both are restored after."""
     libraries = ops._libraries
-    if not has_openmp:  # that anybody knew of
+    if not has_openmp:  # none is found
         monkeypatch.setattr(ops, "_libraries", lambda api: libraries(api) if api == "blas" else [])
     model = LlamaForCausalLM(LlamaConfig(50, 192, 200, num_hidden_layers=1, num_attention_heads=4)).eval()
     during = []
@@ -1438,7 +1438,7 @@ def test_threads_of_two_who_decode_at_once_are_given_back():
             other = threading.Thread(target=step)
             other.start()
             assert within.wait(30)
-            step()  # comes in after the other and leaves before
+            step()  # enters after the other and leaves before it
             assert counts() == before
             may_go.set()
             other.join()
@@ -1448,7 +1448,7 @@ def test_threads_of_two_who_decode_at_once_are_given_back():
 
 
 def test_threads_that_are_born_during_a_step_have_all_of_pytorchs():
-    """And so have those that come later, when the steps of two have overlapped."""
+    """Threads started during a step, or after two steps overlapped, get all of PyTorch's threads."""
     inside, may_leave, left = threading.Event(), threading.Event(), threading.Event()
     x, counts = torch.zeros(1, 1, 8), []
 
@@ -1484,7 +1484,7 @@ def test_threads_that_are_born_during_a_step_have_all_of_pytorchs():
 
 
 def test_outputs_are_seen_into():
-    """FSDP, torch.export and torch.func look for tensors in what a model returns; DataParallel makes one of pairs."""
+    """FSDP, torch.export and torch.func find the tensors in outputs; DataParallel rebuilds an output from pairs."""
     model = LlamaForCausalLM(LlamaConfig(50, 32, 40, num_hidden_layers=1, num_attention_heads=4)).eval()
     ids = torch.tensor([[1, 2, 3]])
     out = model(ids, labels=ids, use_cache=False)
@@ -1515,7 +1515,7 @@ def row_model(**fields):
 
 @torch.no_grad()
 def decoded(model, ids):
-    """Logits of every token, read one by one: each is a row that NumPy may take."""
+    """Return the logits of every token, read one by one: each is a row that NumPy may compute."""
     cache = DynamicCache()
     return torch.cat([model(token[None, None], past_key_values=cache).logits for token in ids[0]], dim=1)
 
@@ -1524,7 +1524,7 @@ def decoded(model, ids):
 def test_a_row_in_numpy_is_what_the_modules_say(monkeypatch, fields):
     model, ids = row_model(**fields), torch.arange(12)[None]
     with torch.no_grad():
-        for parameter in model.parameters():  # biases off 0, gains off 1
+        for parameter in model.parameters():  # biases differ from 0, gains from 1
             parameter.add_(0.1 * torch.randn_like(parameter))
     rows, read = [], row.read
     monkeypatch.setattr(row, "read", lambda *arguments: rows.append(1) or read(*arguments))
@@ -1555,7 +1555,7 @@ def test_a_row_passes_no_hook_by(name, way):
 
 
 def test_a_row_passes_no_other_module_by():
-    """A subclass, another activation, pruned heads or half weights anywhere leave the layers to the modules."""
+    """With a subclass, another activation or pruned heads anywhere, the modules compute the layers."""
 
     class Linear(torch.nn.Linear):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""The model on the kernels, backend="triton", equals the model in PyTorch. Under Triton's interpreter, or on a GPU."""
+"""The model with backend="triton" equals the model in PyTorch, under Triton's interpreter or on a GPU."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def model(seed: int = 0, backend: str = "triton", **fields) -> LlamaForCausalLM:
 
 
 def both(made: LlamaForCausalLM, *args, **kwargs):
-    """What the model gives on the kernels and in PyTorch."""
+    """Return the model's outputs on the kernels and in PyTorch."""
     outs = []
     with torch.inference_mode():
         for backend in ("triton", "torch"):
@@ -39,7 +39,7 @@ def both(made: LlamaForCausalLM, *args, **kwargs):
 
 
 def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal but for the order of float32 sums: 2e-5 of the largest number, of which a layer loses some 1e-6."""
+    """Assert equality up to the order of float32 sums: 2e-5 of the largest value; a layer costs about 1e-6."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
@@ -50,7 +50,7 @@ def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def called(monkeypatch):
-    """The kernels' names, as they are called."""
+    """The names of the kernels called, in order."""
     from llama.kernels import cross_entropy, decode_attention, flash_attention, rms_norm, rope, swiglu
 
     names: list[str] = []
@@ -68,7 +68,7 @@ def called(monkeypatch):
 
 @st.composite
 def paddings(draw, B, S):
-    """Masks (B, S): none, on the left, on the right, or with holes. The last token counts where generate wants it."""
+    """Padding masks (B, S): none, on the left (generate needs a real last token), on the right, or with holes."""
     kind = draw(st.sampled_from(["none", "left", "right", "holes"]))
     if kind == "none":
         return None
@@ -104,7 +104,7 @@ def test_it_equals_pytorch(data):
         return
     near(ours.logits[seen], theirs.logits[seen])
     near(ours.loss, theirs.loss)
-    if 0 < chunk < T:  # the same in two pieces, with a cache
+    if 0 < chunk < T:  # the same in two chunks, with a cache
         cache = DynamicCache()
         made.set_backend("triton")
         with torch.inference_mode():
@@ -193,7 +193,7 @@ def test_halves_miss_the_truth_by_no_more_than_pytorch_does(dtype):
     made, ids = model().to(dtype), tokens(2, 24)
     ours, theirs = both(made, ids)
     truth = both(model(), ids)[1].logits.double()
-    # the weights' own rounding is in both; a fifth more than eager is allowed for the order of sums
+    # the weights' rounding is in both; a fifth more than eager is allowed for the order of sums
     assert (ours.logits.double() - truth).norm() <= 1.2 * (theirs.logits.double() - truth).norm()
 
 
@@ -210,7 +210,7 @@ def test_training_is_pytorchs_and_right(called):
 
 
 def test_a_frozen_model_under_adapters_still_gets_its_gradients(called):
-    """The first norms see nothing that wants a gradient; whatever follows the trained weight does."""
+    """The first norms get no input that requires gradients; everything after the trained weight does."""
     made, ids = model(), tokens(2, 8)
     found = []
     for backend in ("triton", "torch"):
@@ -263,9 +263,9 @@ def test_the_backend_of_a_model_is_that_of_its_parts():
         made.set_backend("cuda")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 def test_without_a_gpu_triton_is_refused_and_auto_is_pytorch(tmp_path):
-    """In a process of its own: here the interpreter is on."""
+    """In a subprocess without the interpreter."""
     model().save_pretrained(tmp_path)
     code = f"""
 import os, sys

@@ -1,4 +1,4 @@
-"""Meta's layout: what transformers' script and Meta's own code make of it, and how each lie in the files is named."""
+"""Meta's layout, read as transformers' script and Meta's own code read it; every inconsistency in it is named."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ def assert_reads(checkpoint, expected):
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards_are_put_together_bit_by_bit(tmp_path, dtype, shards, embedding_axis):
-    write_meta(tmp_path, PARAMS, shards=shards, dtype=dtype, embedding_axis=embedding_axis)  # 2 kv heads, 4 shards too
+    write_meta(tmp_path, PARAMS, shards=shards, dtype=dtype, embedding_axis=embedding_axis)  # 4 shards, 2 KV heads
     checkpoint = open_checkpoint(tmp_path)
     assert isinstance(checkpoint, MetaFolder)
     assert_reads(checkpoint, cast(PARAMS, dtype))
@@ -108,13 +108,13 @@ def model_file(folder):
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    """Models of 13 billion parameters have 38,720."""
+    """Make 13B a model of 38,720 parameters, like PARAMS."""
     monkeypatch.setitem(SIZES, "13B", (38_720e-9, 2))
 
 
 def test_the_tokenizer_lies_beside_or_above_and_is_missed_only_when_asked_for(tmp_path, small_sizes):
     write_meta(tmp_path / "7B", PARAMS)
-    checkpoint = open_checkpoint(tmp_path)  # as LLaMA 1 came: a folder for each size, the tokenizer above them
+    checkpoint = open_checkpoint(tmp_path)  # LLaMA 1's layout: a folder for each size, the tokenizer above them
     assert checkpoint.path == tmp_path / "7B"
     assert_reads(checkpoint, cast(PARAMS, torch.float16))
     with pytest.raises(FileNotFoundError, match=r"7B/tokenizer\.model does not exist, nor "):
@@ -140,7 +140,7 @@ THIRD = {"rope_theta": 500000.0, "n_kv_heads": 2}
 SCALED = THIRD | {"use_scaled_rope": True}
 TIED = {n: a for n, a in PARAMS.items() if n != "lm_head.weight"}
 SAME_HEAD = TIED | {"lm_head.weight": PARAMS["model.embed_tokens.weight"]}
-VERSIONS = {  # params.json's entries, the weights and their dtype -> the version, the length, the end, RoPE's factor
+VERSIONS = {  # params.json's entries, the weights and their dtype -> version, maximum length, EOS token, RoPE factor
     "1": ({"rope_theta": None, "n_kv_heads": None}, PARAMS, torch.float16, "1", 2048, 2, None),
     "2": ({"rope_theta": None}, PARAMS, torch.bfloat16, "2", 4096, 2, None),
     "Code Llama": ({"rope_theta": 1e6}, PARAMS, torch.bfloat16, "2", 16384, 2, None),
@@ -175,7 +175,7 @@ def test_a_vocabulary_of_llama_3s_size_is_llama_3(tmp_path):
     ends = {"bos_token_id": 128000, "eos_token_id": 128001}
     assert ends.items() <= checkpoint.config.items()
     assert ends.items() <= checkpoint.generation_config.items()
-    assert not checkpoint.config["tie_word_embeddings"]  # all zeros are not the same, but nothing
+    assert not checkpoint.config["tie_word_embeddings"]  # all zeros are equal, but mean nothing
 
 
 def test_a_model_to_talk_with_ends_with_its_turn(tmp_path):
@@ -293,7 +293,7 @@ def test_the_options_for_metas_files_are_for_a_folder_of_them(tmp_path):
 
 
 def change(**said):
-    """A damage to params.json."""
+    """Return a change to params.json."""
 
     def damage(folder):
         path = folder / "params.json"
@@ -303,7 +303,7 @@ def change(**said):
 
 
 def edit(number, alter):
-    """A damage to a shard's tensors."""
+    """Return a change to a shard's tensors."""
 
     def damage(folder):
         path = folder / f"consolidated.{number:02}.pth"
@@ -315,7 +315,7 @@ def edit(number, alter):
 
 
 def of_another(fields, **more):
-    """A damage: the second shard is another model's."""
+    """Return a change that makes the second shard another model's."""
 
     def damage(folder):
         write_meta(folder / "other", random_params(FIELDS | fields, seed=1), FIELDS | fields, shards=2, **more)
@@ -330,14 +330,14 @@ def drop(name):
 
 
 def swap(folder):
-    """The shards of two models under the names of one: their numbers fit, their norms do not."""
+    """Mix the shards of two models: their numbers fit, their norms do not."""
     write_meta(folder / "other", random_params(seed=1), shards=2)
     shutil.move(folder / "other" / "consolidated.00.pth", folder / "consolidated.00.pth")
     shutil.rmtree(folder / "other")
 
 
 def exchange(folder):
-    """The shards of one model under each other's names."""
+    """Swap the names of the two shards of one model."""
     first, second = (folder / f"consolidated.{number:02}.pth" for number in (0, 1))
     first.rename(folder / "x")
     second.rename(first)
@@ -430,7 +430,7 @@ def test_which_layout_a_folder_is_in(tmp_path):
 
 
 def test_no_torch_is_needed(tmp_path):
-    """Nor for .bin files; and where it is installed it stays out of the process."""
+    """Nor for .bin files: here `import torch` fails."""
     write_meta(tmp_path / "meta", PARAMS, shards=2)
     folder = write_folder(tmp_path / "bin", PARAMS)
     torch.save({n: torch.tensor(a) for n, a in PARAMS.items()}, folder / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""What pip users get: the wheel, which is built from the sdist; installed alone it runs the reference without torch."""
+"""What pip users get: a wheel built from the sdist that runs the reference when installed alone, without torch."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ print(llama.__file__)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder with the wheel and the sdist, built from a copy: building leaves files behind."""
+    """The folder with the wheel and the sdist, built from a copy because building leaves files behind."""
     out, copy = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("copy") / "llama"
     shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy]

@@ -1,5 +1,5 @@
-"""Loading, saving and remaking models: every file of transformers' is read and every file of ours by transformers;
-damage is named, nothing is half written; what is resized, pruned or tied computes what it should."""
+"""Loading, saving and modifying models: we read what transformers writes and vice versa; damaged files raise clear
+errors, and an interrupted save leaves the old model; resized, pruned and tied models compute what they should."""
 
 import copy
 import errno
@@ -39,13 +39,13 @@ HEADS = {
     "LlamaForTokenClassification": ["score.bias", "score.weight"],
     "LlamaForQuestionAnswering": ["qa_outputs.bias", "qa_outputs.weight"],
 }
-PREFIXES = {"LlamaModel": "", "LlamaForQuestionAnswering": "transformer."}  # of the others "model."
+PREFIXES = {"LlamaModel": "", "LlamaForQuestionAnswering": "transformer."}  # "model." for the rest
 NORM = "model.norm.weight"
 IDS = torch.tensor([[1, 5, 7, 2, 9]])
 
 
 def small(name="LlamaForCausalLM", seed=0, **fields):
-    """A model of ours with weights that show every mistake, norms and biases off what they begin with."""
+    """A model of ours with random weights; norms and biases differ from their initial values, so that mistakes show."""
     torch.manual_seed(seed)
     model = getattr(llama, name)(LlamaConfig(**FIELDS | fields)).eval()
     with torch.no_grad():
@@ -56,14 +56,14 @@ def small(name="LlamaForCausalLM", seed=0, **fields):
 
 @torch.no_grad()
 def outputs(model, ids=IDS) -> np.ndarray:
-    """Everything a model says of `ids`, whatever its class."""
+    """All outputs of a model for `ids`, whatever its class, as one flat array."""
     out = model(ids)
     names = ("last_hidden_state", "logits", "start_logits", "end_logits")
     return np.concatenate([out[name].float().numpy().ravel() for name in names if name in out])
 
 
 def assert_same_outputs(ours, theirs, tolerance=1e-5):
-    assert miss(outputs(ours), outputs(theirs)) < tolerance  # float32 in another order of summation
+    assert miss(outputs(ours), outputs(theirs)) < tolerance  # float32 sums in a different order
 
 
 def assert_same_weights(model, expected):
@@ -86,7 +86,7 @@ def configure(folder, **fields):
 
 
 def restore(model, folder, form):
-    """A folder in the form that transformers 4 wrote: safetensors or .bin, one file or two with an index."""
+    """Save `model` in one of transformers 4's layouts: safetensors or .bin, one file or two shards with an index."""
     model.save_pretrained(folder)
     if form == "model.safetensors":
         return folder
@@ -112,7 +112,7 @@ def restore(model, folder, form):
 FORMS = ("model.safetensors", "two model.safetensors", "pytorch_model.bin", "two pytorch_model.bin")
 
 
-# --- in ---
+# --- loading ---
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -132,7 +132,7 @@ def test_every_class_reads_every_class(tmp_path, source, target):
     theirs, params = transformers_model(FIELDS, 1, getattr(transformers, source))
     theirs.save_pretrained(tmp_path)
     model, info = getattr(llama, target).from_pretrained(tmp_path, output_loading_info=True)
-    # Sequence and token classification call their head alike, and read the weights they share.
+    # Sequence and token classification both name their head `score`, so each reads the other's weight.
     missing = sorted(set(HEADS[target]) - set(HEADS[source]))
     assert sorted(info["missing_keys"]) == missing
     assert info["unexpected_keys"] == sorted(set(HEADS[source]) - set(HEADS[target]))
@@ -144,7 +144,7 @@ def test_every_class_reads_every_class(tmp_path, source, target):
             np.testing.assert_array_equal(state[PREFIXES.get(target, "model.") + core], array)
         elif core in HEADS[target]:
             np.testing.assert_array_equal(state[core], array)
-    if missing:  # drawn as at the beginning, and not left as memory happened to be
+    if missing:  # initialised as in a new model, not left as uninitialised memory
         for name in missing:
             assert state[name].eq(0).all() if name.endswith("bias") else 0.01 < state[name].std() < 0.03
         with pytest.warns(UserWarning, match=rf"has no {missing[-1]}|{target} initialises them"):
@@ -164,7 +164,7 @@ def test_gguf_is_loaded(tmp_path):
     quantised = LlamaForCausalLM.from_pretrained(tmp_path / "q.gguf")
     read = reference.load(tmp_path / "q.gguf")[0]
     assert_same_weights(quantised, {name: torch.tensor(array) for name, array in read.items()})
-    quantised.save_pretrained(tmp_path / "folder")  # and becomes a folder
+    quantised.save_pretrained(tmp_path / "folder")  # converted to a folder
     assert_same_weights(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folder"), quantised.state_dict())
 
 
@@ -191,7 +191,7 @@ def test_a_state_dict_takes_the_place_of_the_files(tmp_path, prefix):
     [
         ("bfloat16", None, {}, "bfloat16"),
         ("bfloat16", None, {"dtype": "auto"}, "bfloat16"),
-        ("float32", "float16", {}, "float16"),  # the configuration goes before the file
+        ("float32", "float16", {}, "float16"),  # the configuration takes precedence over the file
         ("float16", "float32", {"torch_dtype": "auto"}, "float32"),
         ("bfloat16", "bfloat16", {"dtype": torch.float32}, "float32"),
         ("float32", "float32", {"dtype": "bfloat16"}, "bfloat16"),
@@ -230,7 +230,7 @@ def test_auto_is_the_gpu_where_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     seen = []
     monkeypatch.setattr(LlamaForCausalLM, "_load", lambda self, tensors, dtype, device, ignore: seen.append(device))
-    with pytest.raises(TypeError):  # nothing was loaded
+    with pytest.raises(TypeError):  # the stub loads nothing
         LlamaForCausalLM.from_pretrained(write_folder(tmp_path, random_params()), device_map="auto")
     assert seen == [torch.device("cuda")]
 
@@ -366,12 +366,12 @@ def test_tensors_that_are_missing_or_too_many(tmp_path):
     assert LlamaConfig().rope_theta != FIELDS["rope_theta"]
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**FIELDS))
     theirs.load_state_dict(model.state_dict())
-    assert_same_outputs(model, theirs)  # the file's frequencies were not taken for the configuration's
+    assert_same_outputs(model, theirs)  # the file's inv_freq is ignored; the configuration counts
 
 
 def test_a_tensor_that_nobody_uses_is_mentioned(tmp_path):
     folder = write_folder(tmp_path, random_params() | {"model.extra.weight": np.ones(3, np.float32)})
-    with pytest.warns(UserWarning, match=r"model\.extra\.weight"):  # as `reference.load` says
+    with pytest.warns(UserWarning, match=r"model\.extra\.weight"):  # as `reference.load` warns
         LlamaForCausalLM.from_pretrained(folder)
 
 
@@ -419,7 +419,7 @@ def test_options_of_generation_are_read(tmp_path):
         LlamaForCausalLM.from_pretrained(folder)
 
 
-# --- classes of one's own ---
+# --- subclasses ---
 
 
 class RewardConfig(LlamaConfig):
@@ -431,13 +431,13 @@ class RewardConfig(LlamaConfig):
 
 
 class Reward(llama.LlamaPreTrainedModel):
-    """A score of the text, as people build one around transformers' `LlamaModel`."""
+    """A reward model such as people build around transformers' `LlamaModel`."""
 
     def __init__(self, config, temperature=1.0):
         super().__init__(config)
         self.model = LlamaModel(config)
         self.temperature = temperature
-        self.norm = nn.LayerNorm(config.hidden_size)  # called as the base model's last norm is
+        self.norm = nn.LayerNorm(config.hidden_size)  # has the name of the base model's final norm
         self.reward = nn.Linear(config.hidden_size, 1)
         self.scale = nn.Parameter(torch.full((1,), 3.0))
         self.register_buffer("mean", torch.full((2,), 5.0))
@@ -456,7 +456,7 @@ class OfReward(Reward):
 
 @torch.no_grad()
 def trained_reward(cls, folder):
-    """Made from a base model's file, and every number of its own another than at the beginning."""
+    """Load `cls` from a base model's folder and randomise every tensor that it adds."""
     with pytest.warns(UserWarning, match=r"has no scale, norm\.weight, norm\.bias, reward\.weight and 3 others: "):
         model = cls.from_pretrained(folder)
     torch.manual_seed(0)
@@ -484,20 +484,20 @@ def test_a_subclass_comes_back_as_it_was_saved(tmp_path, cls):
     model = trained_reward(cls, write_folder(tmp_path / "base", random_params()))
     if cls is OfReward:
         model.config.bias = 0.5
-    model.config.architectures = [cls.__name__]  # as the file will say
+    model.config.architectures = [cls.__name__]  # as save_pretrained writes it
     model.save_pretrained(tmp_path / "own")
     again, info = cls.from_pretrained(tmp_path / "own", output_loading_info=True)
     assert info["missing_keys"] == info["unexpected_keys"] == []
     assert_same_weights(again, model.state_dict())
     assert type(again.config) is type(model.config)
     assert again.config == model.config
-    assert miss(again(IDS).detach(), model(IDS).detach()) < 1e-5  # float32 in another order of summation
+    assert miss(again(IDS).detach(), model(IDS).detach()) < 1e-5  # float32 sums in a different order
     assert cls.from_pretrained(tmp_path / "own", temperature=2.0).temperature == 2.0
     half = cls.from_pretrained(tmp_path / "own", dtype="bfloat16")
     assert half(IDS).dtype == half.mean.dtype == torch.bfloat16
     assert half.seen.dtype == torch.int64
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
-    if cls is Reward:  # of a Llama as it is the base model can be read alone
+    if cls is Reward:  # model_type is still 'llama', so the base model can be read alone
         with pytest.warns(UserWarning, match="7 tensors are not used"):
             assert_same_weights(LlamaModel.from_pretrained(tmp_path / "own"), model.model.state_dict())
     else:
@@ -567,7 +567,7 @@ class Malicious:
 
 
 def save_old(data, path):
-    """As PyTorch did before 1.6."""
+    """Save in the format of PyTorch before 1.6, which is not a zip file."""
     torch.save(data, path, _use_new_zipfile_serialization=False)
 
 
@@ -586,7 +586,7 @@ def test_a_bin_that_would_run_something_does_not(tmp_path, monkeypatch, form, wr
         LlamaForCausalLM.from_pretrained(folder)
     assert not trap.exists()
     pickle.loads(pickle.dumps(Malicious(trap)))
-    assert trap.exists()  # it would have
+    assert trap.exists()  # plain unpickling does run it
 
 
 def test_a_bin_older_than_zip_is_read(tmp_path):
@@ -684,7 +684,7 @@ def test_safetensors_go_before_bin_and_one_file_before_shards(tmp_path):
         assert_same_weights(transformers.LlamaForCausalLM.from_pretrained(folder), model.state_dict())
 
 
-# --- mapped ---
+# --- memory mapping ---
 
 PROBE = """
 import sys, torch
@@ -704,7 +704,7 @@ print(loaded - before, anonymous() - before, sum(p.nbytes for p in model.paramet
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells anonymous memory from mapped files")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
 @pytest.mark.parametrize("form", [SAFE, BIN])
 def test_loading_makes_no_second_copy(tmp_path, form):
     fields = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 8000}
@@ -729,15 +729,15 @@ def test_a_mapped_model_is_trained_and_saved_into_its_own_folder(tmp_path, form)
     optimizer.step()
     trained = outputs(model)
     assert miss(trained, before) > 1e-3
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == stored  # private: nothing reaches the file
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == stored  # private mapping: files unchanged
     np.testing.assert_array_equal(outputs(other), before)
     model.save_pretrained(folder, max_shard_size="40KB" if "two" in form else "5GB", safe_serialization=BIN not in form)
-    np.testing.assert_array_equal(outputs(other), before)  # it keeps the file that it mapped
+    np.testing.assert_array_equal(outputs(other), before)  # still maps the old file
     np.testing.assert_array_equal(outputs(model), trained)
     assert_same_outputs(LlamaForCausalLM.from_pretrained(folder), model)
 
 
-# --- out ---
+# --- saving ---
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
@@ -784,7 +784,7 @@ def test_every_dtype_comes_back(tmp_path, dtype):
         assert_same_outputs(model, theirs)
 
 
-# The first four tensors make 35 KiB.
+# The first four tensors total 35 KiB.
 @pytest.mark.parametrize(
     ("given", "limit"), [(20_000, 20_000), ("35KB", 35_000), ("35 kb", 35_000), ("35KiB", 35 * 1024), (1, 1)]
 )
@@ -804,12 +804,12 @@ def test_shards_keep_to_their_limit(tmp_path, given, limit):
         assert {name for name, file in index["weight_map"].items() if file == shard} == part.keys()
         held |= part
     assert_same_weights(model, held)
-    for first, second in itertools.pairwise(shards):  # no shard is smaller than it must be
+    for first, second in itertools.pairwise(shards):  # each shard is filled before the next begins
         begins = next(name for name in model.state_dict() if index["weight_map"][name] == second)
         assert sum(tensor.nbytes for tensor in load_file(tmp_path / first).values()) + held[begins].nbytes > limit
     with open(tmp_path / shards[0], "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    assert header["__metadata__"] == {"format": "pt"}  # without which transformers 4 refuses it
+    assert header["__metadata__"] == {"format": "pt"}  # transformers 4 refuses a file without it
 
 
 @pytest.mark.parametrize("limit", [0, -5, "big", "1.5.GB", "5 parsecs", True, None])
@@ -900,7 +900,7 @@ def test_views_and_columns_first_are_saved_whole(tmp_path):
         model.save_pretrained(tmp_path, safe_serialization=safe)
         assert_same_weights(LlamaForCausalLM.from_pretrained(tmp_path), model.state_dict())
     stored = torch.load(tmp_path / BIN, weights_only=True)
-    assert stored[NORM].untyped_storage().nbytes() == stored[NORM].nbytes  # and no more than the view
+    assert stored[NORM].untyped_storage().nbytes() == stored[NORM].nbytes  # the view alone, not its base
 
 
 def test_files_are_as_open_as_the_umask_says(tmp_path):
@@ -908,7 +908,7 @@ def test_files_are_as_open_as_the_umask_says(tmp_path):
         old = os.umask(mask)
         try:
             small().save_pretrained(tmp_path / f"{mask}", max_shard_size="40KB")
-            assert os.umask(mask) == mask  # it was put back
+            assert os.umask(mask) == mask  # restored
         finally:
             os.umask(old)
         modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / f"{mask}").iterdir()}
@@ -935,7 +935,7 @@ def test_the_models_own_configuration_is_not_changed_by_saving(tmp_path):
 
 
 def fails(function, after, error):
-    """`function`, which raises `error` the one time after it was called `after` times."""
+    """Wrap `function` to raise `error` once, after `after` successful calls."""
     calls = itertools.count()
 
     def call(*arguments, **options):
@@ -962,7 +962,7 @@ INTERRUPTIONS = {
 @pytest.mark.parametrize("old", ["5GB", "60KB"])
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 def test_a_save_that_breaks_off_leaves_the_old_model(tmp_path, monkeypatch, interruption, old):
-    """Whatever the new one is: here larger by some tokens, and in more shards."""
+    """Even if the new model differs: here it has a larger vocabulary and more shards."""
     where, name, after, error = INTERRUPTIONS[interruption]
     model = small()
     model.save_pretrained(tmp_path, max_shard_size=old)
@@ -976,7 +976,7 @@ def test_a_save_that_breaks_off_leaves_the_old_model(tmp_path, monkeypatch, inte
     if "rename" not in interruption:
         assert files(tmp_path) == there
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name or path.name.startswith(".")]
-    model.save_pretrained(tmp_path, max_shard_size="20KB")  # and the next time all goes well
+    model.save_pretrained(tmp_path, max_shard_size="20KB")  # the next save succeeds
     assert_same_weights(LlamaForCausalLM.from_pretrained(tmp_path), model.state_dict())
 
 
@@ -1022,8 +1022,8 @@ def test_the_vocabulary_is_resized_as_in_transformers(tied, mean, new, multiple)
         assert torch.equal(ours[:kept], old[name][:kept])
         if mean and len(added):
             average = old[name].double().mean(0).float().expand_as(added)
-            torch.testing.assert_close(added, average, rtol=0, atol=1e-6)  # float32's rounding of a mean of about 1
-            # transformers' noise: a billionth of a variance of 1, which is 3e-5 at one deviation
+            torch.testing.assert_close(added, average, rtol=0, atol=1e-6)  # float32 rounding of a mean of about 1
+            # transformers adds noise with 1e-9 times a variance of about 1, so a standard deviation of 3e-5
             torch.testing.assert_close(added, theirs.state_dict()[name][kept:], rtol=0, atol=3e-4)
         elif len(added):
             assert 0.01 < added.std() < 0.03
@@ -1039,7 +1039,7 @@ def test_a_resized_model_generates_trains_and_comes_back(tmp_path):
     model = small(eos_token_id=None)
     model.resize_token_embeddings(19)
     with torch.no_grad():
-        model.lm_head.weight[18] *= 100  # a new token that is often chosen
+        model.lm_head.weight[18] *= 100  # makes a new token likely
     ids = model.generate(IDS, max_new_tokens=6)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**FIELDS | {"vocab_size": 19}))
     theirs.load_state_dict(model.state_dict())
@@ -1119,7 +1119,7 @@ def test_embeddings_and_heads_are_handed_out_and_taken():
     tied.tie_weights()
     assert head.weight is embedding.weight
     tied.config.tie_word_embeddings = False
-    tied.tie_weights()  # and parted again: equal, and not the same
+    tied.tie_weights()  # untied again: equal values, separate tensors
     assert head.weight is not embedding.weight
     assert torch.equal(head.weight, embedding.weight)
     with torch.no_grad():
@@ -1150,12 +1150,12 @@ def test_training_a_tied_model_moves_both_ends():
     assert moved.lm_head.weight is moved.model.embed_tokens.weight is not model.lm_head.weight
 
 
-# --- heads ---
+# --- pruning ---
 
 
 @st.composite
 def prunings(draw):
-    """A model's fields, and one or two rounds of heads that leave at least one in each layer."""
+    """(configuration fields, one or two rounds of heads to prune, the heads left in each layer: at least one)"""
     fields = draw(configs(["default"]))
     heads = list(range(fields["num_attention_heads"]))
     left, rounds = {layer: set(heads) for layer in range(fields["num_hidden_layers"])}, []
@@ -1170,7 +1170,7 @@ def prunings(draw):
 
 
 def silence(model, left):
-    """The same without surgery: the columns of o_proj that read the heads that are gone are zero."""
+    """Zero the columns of o_proj that read heads not in `left`, which is equivalent to pruning them."""
     D = model.config.head_dim
     with torch.no_grad():
         for layer, heads in left.items():
@@ -1238,7 +1238,7 @@ def test_pruned_heads_are_counted_from_the_first(tmp_path):
     model.save_pretrained(tmp_path)
     assert config_of(tmp_path)["pruned_heads"] == {"0": [3], "1": [0, 2]}
     again = LlamaForCausalLM.from_pretrained(tmp_path)
-    again.prune_heads({1: [3]})  # what is left goes by its first number after loading too
+    again.prune_heads({1: [3]})  # the remaining heads keep their original numbers after loading too
     assert again.model.layers[1].self_attn.heads == [1]
     assert again.config.pruned_heads == {0: [3], 1: [0, 2, 3]}
     expected = silence(small(), {0: {0, 1, 2}, 1: {1}})
@@ -1281,7 +1281,7 @@ def test_heads_may_come_one_by_one():
     assert model.config.pruned_heads == {0: [1, 2]}
 
 
-# --- what every model says of itself ---
+# --- properties of every model ---
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -1335,13 +1335,13 @@ def test_gradient_checkpointing_is_switched():
         assert (out.past_key_values is None) == (kwargs != "off")
         out.loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert len(runs) == 2 + 2 + 1  # forward, and again on the way back
+    assert len(runs) == 2 + 2 + 1  # checkpointing runs it again in the backward pass
     for name, grad in grads[-1].items():
         assert torch.equal(grad, grads[0][name])
         assert torch.equal(grad, grads[1][name])
     model.gradient_checkpointing_enable({"use_reentrant": True})
     assert model.model.gradient_checkpointing_kwargs == {"use_reentrant": True}
-    model.activation_checkpointing_disable()  # 5.x's names
+    model.activation_checkpointing_disable()  # transformers 5's names
     assert not model.is_activation_checkpointing
     model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=1)
     assert model.is_activation_checkpointing
@@ -1362,7 +1362,7 @@ def test_frozen_embeddings_let_gradients_through_when_asked():
     model(IDS)
     hook.remove()
     assert seen == [True, False]
-    model.requires_grad_(False)  # an adapter in the first layer learns though it is checkpointed
+    model.requires_grad_(False)  # an adapter in a checkpointed first layer still gets gradients
     adapter = nn.Parameter(torch.zeros(64))
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output + adapter)
     model.enable_input_require_grads()
@@ -1387,7 +1387,7 @@ def test_weights_begin_as_documented(name):
             if "embed" in parameter_name:
                 assert weight[7].eq(0).all()
                 weight = torch.cat([weight[:7], weight[8:]])
-            n = weight.numel()  # a mean misses by σ/√n, a deviation by σ/√2n: 5 of them
+            n = weight.numel()  # allow 5 standard errors: σ/√n for the mean, σ/√2n for the deviation
             assert abs(weight.mean()) < 5 * 0.05 * n**-0.5, parameter_name
             assert abs(weight.std() - 0.05) < 5 * 0.05 * (2 * n) ** -0.5, parameter_name
             assert n < 30_000 or weight.abs().max() > 3.5 * 0.05, parameter_name  # not truncated
@@ -1406,7 +1406,7 @@ def test_a_model_is_built_of_a_sound_configuration_only():
         LlamaForCausalLM(config)
     with pytest.raises(ValueError, match=r"pad_token_id \(12\) must be below vocab_size \(12\)"):
         LlamaForCausalLM(LlamaConfig(**FIELDS, pad_token_id=12))
-    assert small(pad_token_id=-1).model.embed_tokens.padding_idx is None  # as the first LLaMA's files say
+    assert small(pad_token_id=-1).model.embed_tokens.padding_idx is None  # as in the first LLaMA's files
 
 
 def test_built_on_meta_nothing_is_drawn():

@@ -1,4 +1,4 @@
-"""The README keeps its word."""
+"""The README's code, commands, links and tables are correct and up to date."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_its_links_lead_somewhere():
 def test_its_tables_are_those_of_the_committed_results():
     assert {"model", "cpu", "tokenizer"} <= set(re.findall(r"<!-- table: ([\w-]+) -->\n\|", README))
     assert README.count("<!-- table: ") == README.count("<!-- end -->")
-    assert filled(README) == README, "python -m benchmarks.tables rewrites them"
+    assert filled(README) == README, "the tables are out of date; run python -m benchmarks.tables"
 
 
 def test_a_table_comes_from_the_results_that_are_there(tmp_path):

@@ -1,4 +1,4 @@
-"""Attention plain, in blocks, and for one token: against PyTorch and against each other."""
+"""Plain, blockwise and single-token attention, against PyTorch and against each other."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from llama import reference
 
 @st.composite
 def attentions(draw, square=False):
-    """(q, k, v, starts, lengths): T <= S, each row's keys starts <= s < lengths, possibly none."""
+    """(q, k, v, starts, lengths) with T <= S; each row sees the keys starts <= s < lengths, possibly none."""
     rows, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     S, D = draw(st.integers(1, 40)), draw(st.sampled_from([2, 5, 8, 16]))
     T = S if square else draw(st.integers(1, S))
@@ -24,7 +24,7 @@ def attentions(draw, square=False):
 
 
 def visible_between(q, k, starts, lengths, causal=True, offset=None):
-    """The same in the plain form: who sees whom."""
+    """The equivalent boolean mask of shape (rows, T, S): which query sees which key."""
     T, S = q.shape[2], k.shape[2]
     keys, places = np.arange(S), np.arange(T)[:, None] + (S - T if offset is None else offset)
     inside = (keys >= starts[:, None, None]) & (keys < lengths[:, None, None])
@@ -35,7 +35,7 @@ def pytorch_attention(q, k, v, visible):
     out = torch.nn.functional.scaled_dot_product_attention(
         *map(torch.tensor, (q, k, v, visible[:, None])), enable_gqa=True
     ).numpy()
-    return np.where(visible.any(axis=-1)[:, None, :, None], out, 0)  # rows that see nothing: zeros, by our convention
+    return np.where(visible.any(axis=-1)[:, None, :, None], out, 0)  # our convention: queries without keys give zeros
 
 
 @given(attentions(), st.booleans())

@@ -1,4 +1,4 @@
-"""Configurations: what they mean, in both spellings, and which are refused."""
+"""Configurations: their meaning in the spellings of transformers 4 and 5, and the ones that are refused."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_head_dim_frees_hidden_size_from_the_heads():
 
 
 def test_names_of_other_types_have_no_effect_and_are_mentioned():
-    """As Yarn-Llama's "finetuned"; misspelt names are refused below."""
+    """Such as Yarn-Llama's "finetuned"; misspelt names are refused, as tested below."""
     scaling = {"type": "linear", "factor": 2.0}
     with pytest.warns(UserWarning, match="type 'linear' do not accept beta_fast, finetuned"):
         config = Config.from_dict({"rope_scaling": scaling | {"finetuned": True, "beta_fast": 32}})
@@ -102,7 +102,7 @@ def test_names_of_other_types_have_no_effect_and_are_mentioned():
 
 def test_numbers_are_plain_floats():
     eps = Config(rms_norm_eps=np.float64(1e-5)).rms_norm_eps
-    assert type(eps) is float  # a NumPy one would turn float32 into float64 wherever it is added
+    assert type(eps) is float  # adding an np.float64 would promote float32 arrays to float64
 
 
 def rope(kind, **rest):

@@ -1,4 +1,4 @@
-"""Writing: greedy equals transformers, sampling equals its filters, batches equal their rows."""
+"""Generation: greedy decoding and sampling filters equal transformers', and batches equal their rows."""
 
 import jaxtyping
 import numpy as np
@@ -21,7 +21,7 @@ STATELESS = ["default", "linear", "yarn", "llama3"]
 
 @st.composite
 def prompts(draw, kinds=STATELESS):
-    """(fields, params, left-padded ids, mask)"""
+    """(fields, seed of the weights, left-padded ids, mask)"""
     fields = draw(configs(kinds))
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(SEEDS))
@@ -49,7 +49,7 @@ def test_greedy_equals_transformers(drawn, new, data):
 def test_a_batch_writes_what_its_rows_write_alone(drawn, sampler):
     fields, seed, ids, mask = drawn
     params, config = as_float64(transformers_model(fields, seed)[1]), Config.from_dict(fields)
-    rows = slice(0, 1) if sampler.temperature else slice(None)  # rows of a batch draw one after the other
+    rows = slice(0, 1) if sampler.temperature else slice(None)  # the rows of a batch share one random generator
     together = generate(params, config, ids[rows], 6, None, mask[rows], sampler=sampler)
     for row in range(len(together)):
         alone = generate(params, config, ids[row : row + 1, mask[row] == 1], 6, sampler=sampler)
@@ -70,7 +70,7 @@ def test_cached_writing_equals_reading_everything_anew_each_time(drawn, new):
 
 @pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "yarn", "longrope", "llama3"])
 def test_long_prompts_past_the_trained_length_equal_transformers(kind):
-    """Longer than a chunk, longer than the trained length, where dynamic and longrope change their angles."""
+    """Longer than a prefill chunk and the trained length, beyond which dynamic and longrope change frequencies."""
     extra = {
         "dynamic": {"factor": 2.0},
         "linear": {"factor": 4.0},
@@ -186,7 +186,7 @@ def test_wrong_arguments_are_named(model, call, message):
     ],
 )
 def test_arguments_of_another_type_are_named(model, call, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what checks the annotations in these tests only
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # annotations are checked in these tests only
     with pytest.raises(ValueError, match=message):
         call(model)
     sampler = Sampler(np.float32(0.5), np.int64(2), seed=np.int64(3))
@@ -195,7 +195,7 @@ def test_arguments_of_another_type_are_named(model, call, message, monkeypatch):
 
 @pytest.mark.filterwarnings("error")
 def test_the_widest_values_that_are_taken_stay_within_float32():
-    """Logits of a thousand, which are more than models give."""
+    """With logits of 1000, larger than those of any model."""
     scores, seen = np.float32([[1000, -1000, 999]]), np.array([[0, 1]])
     for temperature in (1e-6, 1e6):
         for penalty in (1e-6, 1e6):
@@ -236,7 +236,7 @@ def test_repetition_penalty_equals_transformers(scores, seed, penalty):
     seen = np.random.default_rng(seed).integers(0, scores.shape[1], (len(scores), 7))
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(seen), torch.tensor(scores)).numpy()
     np.testing.assert_allclose(ours.repetition_penalty(scores, seen, penalty), expected, rtol=1e-12)
-    # Padding is not text: here we differ from transformers, so that a padded row writes what it writes alone.
+    # Unlike transformers, we do not penalise padding tokens, so that a padded row generates what it would alone.
     mask = np.ones_like(seen)
     mask[:, :3] = 0
     np.testing.assert_array_equal(
@@ -267,9 +267,9 @@ def test_draws_follow_the_probabilities():
 
 def test_corners_of_the_filters():
     flat, sharp = np.zeros((1, 4)), np.array([[50.0, 0.0]])
-    assert np.isfinite(ours.top_p(flat, 0.75)).sum() == 3  # what reaches p exactly is enough
-    assert np.isfinite(ours.top_p(sharp, 1e-18)).sum() == 1  # the likeliest stays, however small p
+    assert np.isfinite(ours.top_p(flat, 0.75)).sum() == 3  # reaching p exactly is enough
+    assert np.isfinite(ours.top_p(sharp, 1e-18)).sum() == 1  # the likeliest token stays, however small p is
     assert np.isneginf(ours.top_p(np.array([[0.0, -np.inf]]), 1.0)[0, 1])
-    assert np.isfinite(ours.top_k(flat, 2)).sum() == 4  # ties with the last
+    assert np.isfinite(ours.top_k(flat, 2)).sum() == 4  # ties with the k-th are kept
     greedy = Sampler(repetition_penalty=4.0).pick(np.array([[2.0, 1.0]]), np.random.default_rng(0), np.array([[0]]))
     assert greedy[0] == 1

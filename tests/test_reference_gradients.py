@@ -71,7 +71,7 @@ def test_attention(drawn, causal):
         group = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(group, 1).mT * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~torch.tensor(visible)[:, None], -1e300)
-        seen = torch.tensor(visible.any(-1))[:, None, :, None]  # rows that see nothing give zeros
+        seen = torch.tensor(visible.any(-1))[:, None, :, None]  # queries without keys give zeros
         return torch.where(seen, scores.softmax(-1), 0) @ v.repeat_interleave(group, 1)
 
     assert_close(reference.attention_backward(dout, q, k, v, visible), autograd(attention, dout, q, k, v))
@@ -82,7 +82,7 @@ def test_cross_entropy(seed, rows, width):
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=3, size=(rows, width))
     labels = np.where(rng.random(rows) < 0.3, -100, rng.integers(0, width, rows))
-    labels[0] = rng.integers(width)  # of no judged label at all autograd makes NaN
+    labels[0] = rng.integers(width)  # autograd gives NaN if every label is ignored
     cross_entropy = lambda x: torch.nn.functional.cross_entropy(x, torch.tensor(labels))  # noqa: E731
     assert_close([reference.cross_entropy_backward(logits, labels)], autograd(cross_entropy, np.array(1.0), logits))
 

@@ -1,4 +1,4 @@
-"""The small functions against PyTorch in float64."""
+"""Norms, activations, SwiGLU and cross-entropy against PyTorch and transformers."""
 
 import jaxtyping
 import numpy as np
@@ -83,7 +83,7 @@ def test_large_logits_do_not_overflow():
 def test_the_shapes_in_annotations_are_executed():
     with pytest.raises(jaxtyping.TypeCheckError):
         reference.rms_norm(np.ones((2, 3)), np.ones(4), 1e-5)
-    with pytest.raises(jaxtyping.TypeCheckError):  # batch sizes that differ would broadcast without a word
+    with pytest.raises(jaxtyping.TypeCheckError):  # mismatched batch sizes would silently broadcast
         reference.attention(
             np.ones((2, 1, 1, 4)), np.ones((1, 1, 1, 4)), np.ones((1, 1, 1, 4)), np.ones((1, 1, 1), bool)
         )

@@ -1,4 +1,4 @@
-"""The whole reference against transformers, and against itself in other shapes."""
+"""The whole reference model against transformers, and against itself in other chunks and batches."""
 
 import dataclasses
 from itertools import pairwise
@@ -17,10 +17,10 @@ from llama.reference import Config, KVCache, forward
 # transformers computes in float32 (its norms and softmax do so even in a float64 model): 6e-8 per operation, times the
 # few hundred operations and the sharp attention of these models. A wrong convention shows at 1e-2 and above.
 FLOAT32 = 1e-4
-# The same computation in float64, split up in other ways: rounding only.
+# The same float64 computation, split differently: rounding only.
 FLOAT64 = 1e-10
 
-STATELESS = ["default", "linear", "yarn", "llama3"]  # whose angles do not depend on the length
+STATELESS = ["default", "linear", "yarn", "llama3"]  # RoPE types whose frequencies do not depend on the length
 
 
 @st.composite
@@ -36,7 +36,7 @@ def tensor(array):
 
 
 def positions(ids, mask):
-    """What transformers' generate makes of a mask; its forward wants to be told."""
+    """The positions that transformers' generate derives from a mask; its forward has to be given them."""
     return np.maximum(np.cumsum(np.ones_like(ids) if mask is None else mask, axis=1) - 1, 0)
 
 
@@ -56,7 +56,7 @@ def test_forward_equals_transformers(drawn):
     ours = forward(
         as_float64(params), Config.from_dict(fields), ids, mask, output_hidden_states=True, output_attentions=True
     )
-    real = np.ones(ids.shape, bool) if mask is None else mask == 1  # what padding computes is nobody's business
+    real = np.ones(ids.shape, bool) if mask is None else mask == 1  # outputs at padding are undefined
     assert miss(ours.logits[real], theirs.logits.numpy()[real]) < FLOAT32
     assert len(ours.hidden_states) == len(theirs.hidden_states) == fields["num_hidden_layers"] + 1
     for mine, their in zip(ours.hidden_states, theirs.hidden_states, strict=True):
@@ -163,7 +163,7 @@ def test_only_relative_positions_matter(drawn, shift):
     params, config = as_float64(transformers_model(fields, seed)[1]), Config.from_dict(fields)
     here = forward(params, config, ids, mask, positions(ids, mask)).logits
     there = forward(params, config, ids, mask, positions(ids, mask) + shift).logits
-    # Angles are float32: at position 1000 their rounding is 6e-5 of a radian.
+    # Angles are float32: at position 1000 their spacing is 6e-5 radians.
     assert miss(here, there) < 1e-2
 
 
@@ -177,7 +177,7 @@ def test_embeddings_in_place_of_ids_and_the_last_logits_alone(drawn, keep):
     np.testing.assert_array_equal(forward(params, config, inputs_embeds=embeds).logits, from_ids)
     last = forward(params, config, ids, logits_to_keep=keep).logits
     assert last.shape[1] == min(keep, ids.shape[1])
-    assert miss(last, from_ids[:, -keep:]) < 1e-5  # another matrix shape sums in another order
+    assert miss(last, from_ids[:, -keep:]) < 1e-5  # a different matrix shape sums in a different order
 
 
 def test_two_models_in_one_process_keep_their_own_angles():
@@ -243,7 +243,7 @@ def test_wrong_input_is_named(small, call, message):
 def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(small):
     cache = a_cache(small)
     broken = dict(small) | {"model.layers.1.mlp.down_proj.weight": np.ones((8, 3), np.float32)}
-    with pytest.raises(Exception):  # noqa: B017, PT011  (whatever NumPy or the shape check says)
+    with pytest.raises(Exception):  # noqa: B017, PT011  (whatever NumPy or the shape check raises)
         forward(broken, SMALL, np.ones((1, 2), int), cache=cache)
     assert cache.length == 3
     again = forward(small, SMALL, np.ones((1, 2), int), cache=cache).logits

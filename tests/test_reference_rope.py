@@ -1,4 +1,4 @@
-"""RoPE: transformers' frequencies for every type, both pairings, and what rotation promises."""
+"""RoPE: transformers' frequencies for every type, both pairings, and the properties of a rotation."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_tables_equal_transformers(fields, start, count):
     embedding = LlamaRotaryEmbedding(transformers_config(fields))
     expected = [t.numpy() for t in embedding(torch.zeros(1), torch.tensor(position_ids))]
     for ours, theirs in zip(rope_tables(Config.from_dict(fields), position_ids), expected, strict=True):
-        # Frequencies agree to 1e-6 (of radians per position), positions stay below 240.
+        # Frequencies agree to 1e-6 (radians per position), and positions stay below 240.
         np.testing.assert_allclose(ours, theirs, atol=5e-4)
 
 
@@ -92,7 +92,7 @@ def test_both_pairings_are_one_rotation_after_permuting(shape):
     D = q.shape[-1]
     cos, sin = rope_tables(Config(hidden_size=D, num_attention_heads=1), np.arange(q.shape[2])[None])
 
-    def to_pairs(x):  # the last axis of activations is permuted as the rows of a one-head projection are
+    def to_pairs(x):  # permutes the last axis of activations like the rows of a one-head projection
         return reference.interleave(x.T, 1).T
 
     halves = reference.apply_rope(q, k, cos, sin)
@@ -106,7 +106,7 @@ def test_deinterleave_undoes_interleave(seed, heads, head_dim, bias):
     weight = np.random.default_rng(seed).normal(size=(heads * head_dim, *([] if bias else [3])))
     there = reference.interleave(weight, heads)
     np.testing.assert_array_equal(reference.deinterleave(there, heads), weight)
-    # Row 2i of a head in pairs is row i in halves, row 2i + 1 is row i + D/2.
+    # Within a head, row 2i of the paired layout is row i of the half layout, and row 2i + 1 is row i + D/2.
     head = weight.reshape(heads, head_dim, -1)
     np.testing.assert_array_equal(there.reshape(heads, head_dim, -1)[:, 0::2], head[:, : head_dim // 2])
     np.testing.assert_array_equal(there.reshape(heads, head_dim, -1)[:, 1::2], head[:, head_dim // 2 :])
@@ -143,7 +143,7 @@ def test_corners_of_the_frequencies():
         config = Config(**fields, rope_parameters={"rope_type": kind, "factor": 2.0} | rope)
         return rope_frequencies(config, length)
 
-    # dynamic looks at max_position_embeddings alone, as transformers does; a head of one point has nothing to stretch
+    # as in transformers, dynamic uses max_position_embeddings alone; with head_dim 2 the one frequency stays 1
     np.testing.assert_array_equal(
         frequencies("dynamic")[0], frequencies("dynamic", original_max_position_embeddings=4)[0]
     )
@@ -154,7 +154,7 @@ def test_corners_of_the_frequencies():
 
 
 def test_yarn_with_a_tiny_base_equals_transformers():
-    """Where the ramp would end beyond the head."""
+    """Where the ramp would end beyond head_dim."""
     fields = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 1024,
               "rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "factor": 4.0}}  # fmt: skip
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](transformers_config(fields))

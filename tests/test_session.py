@@ -1,4 +1,4 @@
-"""A conversation: what was read is not read again, and nothing else is taken for it."""
+"""Sessions: a prefix shared with the previous text is not read again, and only a true prefix is reused."""
 
 import json
 
@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(params=["reference", "torch"])
 def open_session(request):
-    """Opens a session; what is asked of one holds for every backend."""
+    """A function that opens a session, for each backend."""
     return lambda model, **sampling: Session(str(model), request.param, 6, Sampler(**sampling))
 
 
@@ -27,14 +27,14 @@ def test_what_two_texts_share_is_read_once(model, open_session):
     session = open_session(model)
     first = "".join(session.answer(ONE))
     assert session.tokens_read == 20
-    assert "".join(session.answer(ONE)) == first  # all of it known: only its last token is read
+    assert "".join(session.answer(ONE)) == first  # all cached: only its last token is read
     assert session.tokens_read == 1
     other = "".join(session.answer(TWO))
     assert session.tokens_read == 10
     assert other == "".join(open_session(model).answer(TWO))
     longer = [*session.ids, 7, 8]
     again = "".join(session.answer(longer))
-    assert session.tokens_read == 3  # the last token written was never read, and two new ones
+    assert session.tokens_read == 3  # the last generated token, which was never read, and two new ones
     assert again == "".join(open_session(model).answer(longer))
 
 
@@ -71,7 +71,7 @@ def test_generation_config_says_where_to_end(tmp_path, smollm2, open_session):
     session = open_session(folder)
     assert session.eos_token_id == 5
     "".join(session.answer(ONE))
-    session.eos_token_id = session.ids[len(ONE)]  # the first token written
+    session.eos_token_id = session.ids[len(ONE)]  # the first generated token
     "".join(session.answer(ONE))
     assert session.tokens_written == 1
     assert "cut" not in session.report()
@@ -80,7 +80,7 @@ def test_generation_config_says_where_to_end(tmp_path, smollm2, open_session):
 def test_a_text_may_fill_the_context_and_not_more(tmp_path, smollm2, open_session):
     session = open_session(folder_model(tmp_path, smollm2))
     "".join(session.answer([1] * 30))
-    assert session.tokens_written == 3  # the last one is not read, so it stands beyond the 32
+    assert session.tokens_written == 3  # the last one is never read, so it may lie beyond the 32
     assert session.report().endswith("; cut at the end of the model's context]")
     with pytest.raises(ValueError, match="33 tokens, more than the 32 this model was made for"):
         next(session.answer([1] * 33))
@@ -105,7 +105,7 @@ def test_angles_that_follow_the_length_are_made_anew_for_every_text(tmp_path, sm
     folder = folder_model(tmp_path, smollm2, rope_scaling={"type": "dynamic", "factor": 2.0})
     session = open_session(folder)
     "".join(session.answer(ONE))
-    longer = ONE * 3  # past the 32 places the model was made for
+    longer = ONE * 3  # past the 32 positions the model was trained for
     assert "".join(session.answer(longer)) == "".join(open_session(folder).answer(longer))
     assert session.tokens_read == len(longer)
 
@@ -132,7 +132,7 @@ def test_a_pass_that_is_stopped_between_two_layers_is_read_again(model):
 
     stopped, whole = session(), session()
     "".join(stopped.answer(ONE))
-    for layers in (1, 0):  # in the middle of a step, and of the very first prompt
+    for layers in (1, 0):  # with a filled cache, then with an empty one
         engine = stopped.engine
         hook = engine.model.model.layers[layers].register_forward_pre_hook(lambda *_: 1 / 0)
         if not layers:

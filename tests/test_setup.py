@@ -1,4 +1,4 @@
-"""The Makefile and the set-up script, tried without installing anything."""
+"""The Makefile and the set-up script, tested without installing anything."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose environment is ready and whose `llama` prints its arguments, one in a line."""
+    """A checkout whose environment is ready and whose `llama` prints its arguments, one per line."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     for name in ("pyproject.toml", "constraints.txt"):

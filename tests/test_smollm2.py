@@ -1,4 +1,4 @@
-"""Real weights: what the reference computes with SmolLM2-135M-Instruct agrees with transformers on the same file."""
+"""Real weights: the reference agrees with transformers on SmolLM2-135M-Instruct."""
 
 import json
 

@@ -1,8 +1,7 @@
-"""Every kernel in every shipped configuration, compiled for GPUs that are not there, with both ends of Triton's range.
+"""Compile every kernel in every shipped configuration, without a GPU, with the oldest and newest supported Triton.
 
-Each run is a process of its own: the interpreter, in which the other tests' kernels run, and the compiler do not mix,
-nor do two versions of Triton. Each claim is shown to be able to fail, by a kernel that breaks it on purpose
-(`static_controls.py`) and that the same function looks at.
+Each run is a separate process: the compiler cannot share one with the interpreter, in which the other tests run the
+kernels, nor can two versions of Triton. For each check, `static_controls.py` has a kernel that fails it on purpose.
 """
 
 import json
@@ -13,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels here")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels for this platform")
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = ("3.6.0", "3.9.0")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-KEYS = {"kernel", "target", "config", "registers", "spills", "shared_bytes", "mma"}  # what others rely on
+KEYS = {"kernel", "target", "config", "registers", "spills", "shared_bytes", "mma"}  # fields that callers rely on
 
 
 def start(version, *command):
-    """Python with that version of Triton, compiling."""
+    """Start Python with that version of Triton, without the interpreter."""
     folder = ROOT / ".venv" / f"triton-{version}"
     if not (folder / "triton").is_dir():
         pytest.fail(
-            f"Triton {version} is missing: `make test` puts it there, as does "
+            f"Triton {version} is missing; run `make test` or "
             f"`pip install --no-deps --target {folder.relative_to(ROOT)} triton=={version}`"
         )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -41,7 +40,7 @@ def records_of(process):
 
 @pytest.fixture(scope="module")
 def shipped():
-    """By version, the records of `llama bench static`; the two versions compile side by side."""
+    """The records of `llama bench static` by version of Triton; the versions compile in parallel."""
     command = ("-m", "llama", "bench", "static", "--json", "--target", ",".join(TARGETS))
     processes = {version: start(version, *command) for version in VERSIONS}
     return {version: records_of(process) for version, process in processes.items()}
@@ -56,7 +55,7 @@ def controls():
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_configuration_compiles_to_what_the_design_wants(shipped, version):
-    """No spills, double precision, device scratch or products in single file; matrix units; loads of 128 bits."""
+    """No spills, double precision, device scratch memory or serialized products; matrix units and 128-bit loads."""
     assert {record["triton"] for record in shipped[version]} == {version}
     wrong = {f"{record['target']} {record['kernel']} {record['config']}": record["problems"]
              for record in shipped[version] if record["problems"]}  # fmt: skip
@@ -105,7 +104,7 @@ def test_a_kernel_made_wrong_on_purpose_is_found_out(controls, version, control)
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_hopper_kernel_is_there_in_every_variant(shipped, version):
-    """Its softmax runs beside a product, its producer hands over registers, its warps meet before they arrive."""
+    """Softmax overlaps a product, the producer gives up registers, and warps synchronise before they arrive."""
     records = [record for record in shipped[version] if record.get("function") == "_flash_attention_hopper_kernel"]
     assert len(records) == 6
     assert {record["target"] for record in records} == {"sm_90"}

@@ -1,4 +1,4 @@
-"""What the tokenizers promise beyond transformers' answers: exact round trips, two classes alike, clear errors."""
+"""What the tokenizers guarantee beyond transformers' results: exact round trips, identical classes, clear errors."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def made(model):
-    """Both classes in every way, with added tokens."""
+    """Both classes in each of WAYS, with added tokens."""
     built = {}
     for legacy, prefix in WAYS:
         for kind in CLASSES:
@@ -74,7 +74,7 @@ def test_both_classes_give_the_same_ids_and_the_same_text(made, way, text, pair,
 @given(text=TEXT)
 def test_decode_undoes_encode_but_for_what_reads_as_a_space(made, kind, way, text):
     tokenizer = made[kind, *way]
-    text = text.replace("<mark>", "")  # which takes the spaces before it along
+    text = text.replace("<mark>", "")  # which strips the spaces before it
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text.replace("▁", " ")
 
 
@@ -94,7 +94,7 @@ def test_a_stream_gives_the_text_of_any_ids(made, kind, way, data):
 @settings(max_examples=100)
 @given(ids=st.lists(st.integers(3, 258) | st.sampled_from([1, 259, 3 + 0xC3, 3 + 0xA9]), max_size=20))
 def test_a_stream_waits_where_the_library_judges_runs_of_bytes(model, ids):
-    """A tokenizer.json decodes as it is written: one bad byte spoils the run it stands in."""
+    """A tokenizer.json decodes as written: one invalid byte garbles its whole run of bytes."""
     tokenizer = LlamaTokenizerFast(LlamaTokenizerFast(model).backend_tokenizer)
     stream = TextStream(tokenizer, skip_special_tokens=False)
     assert "".join([*map(stream.put, ids), stream.end()]) == tokenizer.decode(ids)
@@ -120,7 +120,7 @@ def test_offsets_cover_what_each_token_is_made_of(made):
     assert batch.offset_mapping[-1][1] == len("Hello  wörld<new>x")
     assert [a for a, _ in batch.offset_mapping] == sorted(a for a, _ in batch.offset_mapping)
     assert batch.tokens()[0] == "<s>"
-    front = fast("<new>x", return_offsets_mapping=True)  # the space in front stands for no character
+    front = fast("<new>x", return_offsets_mapping=True)  # the prefix space corresponds to no character
     assert front.tokens()[1:3] == ["▁", "<new>"]
     assert front.offset_mapping[1:3] == [(0, 0), (0, 5)]
     late = fast("a new one")
@@ -269,7 +269,7 @@ def test_bad_files_are_named(model, tmp_path, kind):
 @settings(max_examples=200)
 @given(data=st.data())
 def test_a_damaged_model_is_read_or_refused(model, data):
-    """Whatever bytes: a ValueError or a result, never another error, and soon."""
+    """Any bytes give a result or a ValueError, quickly, and never another error."""
     whole = model.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     for damaged in (whole[:at], whole[:at] + data.draw(st.binary(min_size=1, max_size=4)) + whole[at + 1 :]):
@@ -416,7 +416,7 @@ def test_bad_conversations_are_named(model, options, message):
 
 
 def test_production_code_needs_no_transformers_for_the_library_object(model):
-    """What `contents` gives is what the constructor takes, and what a checkpoint's tokenizer is."""
+    """`contents` returns what the constructor takes, which is also what a checkpoint's `tokenizer` returns."""
     tokenizer = LlamaTokenizerFast(model, legacy=False)
     library, settings_ = tokenizer.contents()
     assert isinstance(library, Tokenizer)

@@ -16,12 +16,12 @@ from llama.checkpoints.gguf import GGUFFile, byte_level_bpe, sentencepiece_bpe
 from llama.tokenization import TextStream
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-# Bytes for which SmolLM2's vocabulary has no token of their own.
+# Bytes without a token of their own in SmolLM2's vocabulary.
 SMOLLM2_LACKS = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
 
 
 def byte_tokenizer() -> LlamaTokenizerFast:
-    """One token for each byte: every character beyond ASCII is split."""
+    """One token per byte, so that every non-ASCII character is split."""
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(BYTES)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +29,7 @@ def byte_tokenizer() -> LlamaTokenizerFast:
 
 
 def piece_tokenizer() -> LlamaTokenizerFast:
-    """SentencePiece's kind: pieces, scores, bytes for all the rest."""
+    """SentencePiece BPE: pieces with scores, and byte tokens for everything else."""
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     pieces += ["▁", "a", "b", "c", "▁a", "ab", "bc", "▁ab", "abc"]
     scores = [0.0] * 259 + [-9.0, -8.0, -7.0, -6.0, -1.0, -3.0, -2.0, -4.0, -5.0]
@@ -45,7 +45,7 @@ def test_decode_undoes_encode_and_streams_give_the_same_text(name, text):
     tokenizer = TOKENIZERS[name] or LlamaTokenizerFast.from_pretrained("smollm2")
     TOKENIZERS[name] = tokenizer
     ids = tokenizer.encode(text)
-    told_apart = name != "pieces" or "▁" not in text  # which SentencePiece's kind cannot tell from a space
+    told_apart = name != "pieces" or "▁" not in text  # which SentencePiece cannot tell from a space
     known = name != "smollm2" or not any(byte in SMOLLM2_LACKS for byte in text.encode())
     if told_apart and known:
         assert tokenizer.decode(ids) == text
@@ -72,7 +72,7 @@ def test_streams_wait_for_whole_characters():
 
 
 def merged_by_score(text, scores):
-    """SentencePiece's rule, spelt out: of all neighbours that make a piece, the best score, then the leftmost."""
+    """SentencePiece's rule, spelt out: merge the adjacent pair with the best score, the leftmost on a tie."""
     parts = list(text)
     while True:
         pairs = [(-scores[a + b], at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in scores]
@@ -88,7 +88,7 @@ def merged_by_score(text, scores):
     text=st.lists(st.sampled_from(["a", "b", "c", " ", " " * 9, " " * 20]), max_size=25).map("".join),
 )
 def test_pieces_merge_by_score_the_leftmost_first(words, order, text):
-    """Distinct scores in any order, but for the runs of spaces, which in Llama's own model all share the worst."""
+    """Distinct scores in any order, except that runs of spaces share the worst, as in Llama's own model."""
     runs = ["▁" * length for length in range(2, 17)]
     words = [word for word in words if word not in runs]
     order.shuffle(words)
@@ -294,16 +294,16 @@ def test_all_a_gguf_says_of_its_tokenizer_is_heard(tmp_path):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    writer.add_unk_token_id(99)  # beyond the tokens: as if unsaid
+    writer.add_unk_token_id(99)  # out of range, so ignored
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path / "m.gguf")
-    assert tokenizer.encode("a") == [4, 2]  # no space before, no <s>, but </s>
+    assert tokenizer.encode("a") == [4, 2]  # no prefix space, no <s>, but </s>
     assert tokenizer.encode("a<mark>a", add_special_tokens=False) == [4, 5, 4]
     assert tokenizer.decode([3, 4, 5]) == " a<mark>"
-    assert tokenizer.encode("a" * 7, add_special_tokens=False) == [8, 7]  # equal scores: one run grows from the left
+    assert tokenizer.encode("a" * 7, add_special_tokens=False) == [8, 7]  # equal scores: merged from the left
     assert (tokenizer.pad_token, tokenizer.unk_token) == ("<unk>", None)
     assert tokenizer.all_special_ids == [1, 2, 0]
     assert tokenizer._tokenizer.encode("a", "a").ids == [4, 2, 4, 2]

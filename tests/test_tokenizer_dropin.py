@@ -1,4 +1,4 @@
-"""Tokenizers where people switch over from transformers: files that both write, keywords, encodings, threads."""
+"""Tokenizers as replacements for transformers': shared files, keywords, encodings and threads."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ TEXT = "a <pad><a> <b><|im_end|><image> x<q> the  <p> ▁the</s>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as `save_pretrained` writes it, of 2000 tokens."""
+    """A folder written by `save_pretrained`, with 2000 tokens."""
     path = tmp_path_factory.mktemp("saved")
     LlamaTokenizerFast(MODEL).save_pretrained(path)
     return path
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def bare(folder, tmp_path):
-    """tokenizer.json alone."""
+    """A folder with tokenizer.json alone."""
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     return tmp_path
 
@@ -65,7 +65,7 @@ def test_what_transformers_saved_again_keeps_its_bos(folder, tmp_path):
         {"pad_token": "<pad>"},
         {"pad_token": AddedToken("<p>", lstrip=True)},
         {"eos_token": "<|im_end|>"},
-        {"eos_token": "▁the"},  # which is a piece
+        {"eos_token": "▁the"},  # already in the vocabulary
         {"additional_special_tokens": ["<a>", "<b>"]},
         {"extra_special_tokens": ["<q>"]},
         {"extra_special_tokens": {"image_token": "<image>"}},
@@ -143,7 +143,7 @@ def test_a_changed_chat_template_is_the_one_that_is_read_again(kind, tmp_path):
         (tmp_path / stale).write_text("OLD")
     made.save_pretrained(tmp_path, safe_serialization=True, save_jinja_files=True)
     assert kind.from_pretrained(tmp_path).chat_template == "NEW"
-    if made.is_fast:  # transformers 5 wants another library for the slow class's file
+    if made.is_fast:  # transformers 5 needs another library for the slow class's file
         assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == "NEW"
     with pytest.raises(ValueError, match="'colour' is not an option"):
         made.save_pretrained(tmp_path, colour="red")
@@ -155,7 +155,7 @@ def test_padding_is_on_the_side_where_transformers_has_it(bare, name):
     library = transformers.AutoTokenizer.from_pretrained(bare)
     ours = llama.AutoTokenizer.from_pretrained(bare)
     assert ours.padding_side == library.padding_side == ("left" if name == "LlamaTokenizer" else "right")
-    assert LlamaTokenizerFast.from_pretrained(bare).padding_side == "left"  # so has transformers' class of this name
+    assert LlamaTokenizerFast.from_pretrained(bare).padding_side == "left"  # as in transformers' class of this name
     assert load_tokenizer(bare, padding_side="left").padding_side == "left"
     ours.save_pretrained(bare)
     assert load_tokenizer(bare).padding_side == ours.padding_side
@@ -275,7 +275,7 @@ def test_tokens_added_through_the_librarys_tokenizer_count():
 
 
 def test_special_tokens_stay_text_while_other_threads_encode():
-    """Meant against texts that smuggle in an end of the text, so one thread's wish is not another's."""
+    """split_special_tokens guards against text that smuggles in special tokens: it must not leak between threads."""
     made, text = LlamaTokenizerFast(MODEL), "hello </s> <s> world " * 5
     wanted = {split: made.encode(text, split_special_tokens=split) for split in (True, False)}
     assert wanted[True] != wanted[False]
@@ -295,7 +295,7 @@ def test_special_tokens_stay_text_while_other_threads_encode():
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_adding_and_decoding_take_as_many_steps_as_there_are_tokens(kind, special):
-    """Counted in Python's calls: twice the tokens, twice the calls; and the same number to decode."""
+    """Counted in Python calls: twice the tokens take twice the calls to add, and the same number to decode."""
     adding, decoding = [], []
     for count in (200, 400):
         made = kind(MODEL)
@@ -342,7 +342,7 @@ def pair(folder):
 
 
 def asked(batch) -> dict:
-    """All that an encoding can be asked, by question."""
+    """The answers of all methods and attributes of an encoding, as JSON."""
     found = {"n_sequences": batch.n_sequences, "is_fast": batch.is_fast}
     for row in range(len(batch.encodings)):
         size = len(batch.encodings[row])
@@ -376,7 +376,7 @@ def test_a_copied_encoding_still_knows_its_words(pair, copied):
         copied = BatchEncoding.copy
     assert asked(copied(batch)) == asked(batch)
     assert copied(batch) == batch
-    assert len(pickle.dumps(batch)) < 10_000  # the tokenizer does not go along
+    assert len(pickle.dumps(batch)) < 10_000  # the tokenizer is not pickled with it
 
 
 def test_data_is_the_encoding_itself(pair):

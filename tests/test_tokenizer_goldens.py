@@ -1,7 +1,7 @@
-"""LlamaTokenizer and LlamaTokenizerFast give what transformers 4.46 gave, call by call, but for DIFFERENCES.
+"""LlamaTokenizer and LlamaTokenizerFast return what transformers 4.46 returned, call by call, except for DIFFERENCES.
 
-`goldens/` holds transformers' answers (goldens/make_tokenizer_goldens.py made them). The slow class's count for both of
-ours, since a model file means one thing; the fast class's count where they are about what only it has (FAST_ONLY).
+`goldens/` holds transformers' results, made by goldens/make_tokenizer_goldens.py. Both of our classes must match its
+slow class, since a model file has one meaning; our fast class follows its fast class in FAST_ONLY.
 """
 
 import copy
@@ -43,13 +43,13 @@ def tokenizer(kind: str, **make):
 
 
 class Difference(NamedTuple):
-    """Where ours gives something else than transformers' class of the same kind, what it gives, and why."""
+    """Where our class differs from transformers' class of the same kind, what it returns instead, and why."""
 
-    case: str  # a pattern for names of cases
-    step: str  # a pattern for the name of the call and what it is given
+    case: str  # fnmatch pattern for names of cases
+    step: str  # fnmatch pattern for the call and its arguments, as in `said`
     kinds: str
     why: str
-    gives: Callable[[str, int], Any]  # of the name of the case and the number of the step
+    gives: Callable[[str, int], Any]  # from the name of the case and the index of the step
 
 
 def slow(name: str, at: int) -> Any:
@@ -69,7 +69,7 @@ def refused(name: str, at: int) -> Any:
 
 
 def counted(name: str, at: int) -> Any:
-    """No fewer than no tokens were cut off."""
+    """The slow class's result with num_truncated_tokens clamped to at least 0."""
     said = copy.deepcopy(slow(name, at))
     count = said["num_truncated_tokens"]
     said["num_truncated_tokens"] = [max(0, one) for one in count] if isinstance(count, list) else max(0, count)
@@ -81,7 +81,7 @@ def no_tokens(name: str, at: int) -> Any:
 
 
 def text_lengths(name: str, at: int) -> Any:
-    """Padding does not count."""
+    """The fast class's result with lengths that exclude padding."""
     gave = fast(name, at)
     return gave | {"length": [sum(mask) for mask in gave["attention_mask"]]} if "length" in gave else gave
 
@@ -93,7 +93,7 @@ WHOLE_WORDS = {
 
 
 def whole_words(name: str, at: int) -> Any:
-    """`single_word` as AddedToken's own library has it: no letter, digit or _ beside it."""
+    """`single_word` as in the tokenizers library: no letter, digit or _ next to the token."""
     call, (text,), _ = CASES[name][1][at]
     title, _, legacy = name.rpartition("-")
     tokens, ids = WHOLE_WORDS[title], []
@@ -110,7 +110,7 @@ def whole_words(name: str, at: int) -> Any:
 
 
 def texts_of_ids(name: str, at: int) -> Any:
-    """What decoding gives without transformers' quirks."""
+    """The decoded texts without transformers' quirks."""
     return plain_decoding(name, at, quirks=())
 
 
@@ -119,13 +119,13 @@ def undone(name: str, at: int) -> Any:
 
 
 def conversation(name: str, at: int) -> Any:
-    """The template of Llama 2, which Llama's classes had of their own when the documents were written."""
+    """CHAT in the Llama 2 template, the default of transformers' LLaMA classes when their documentation was written."""
     parts = ["[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHello! [/INST] Good day. ", "[INST] 1 + 1? [/INST] 2 "]
     return [number for part in parts for number in [1, *pieces().encode(part), 2]]
 
 
 def tooled(name: str, at: int) -> Any:
-    """What the schema of the function gives, which 4.46 cannot make: it does not know `list[int] | None`."""
+    """The result with the function's schema, which 4.46 cannot make as it does not support `list[int] | None`."""
     _, (chat,), options = CASES[name][1][at]
     schemas = [transformers.utils.get_json_schema(tool) for tool in options["tools"]]
     library = transformers.PreTrainedTokenizerFast(
@@ -136,7 +136,7 @@ def tooled(name: str, at: int) -> Any:
 
 
 def saved(name: str, at: int) -> Any:
-    """The files of the slow class: only, what has no value is not said."""
+    """The slow class's files, without a pad_token of None."""
     said = copy.deepcopy(slow(name, at))
     for file, content in said.items():
         if file.endswith("tokenizer_config.json") and content["pad_token"] is None:
@@ -145,7 +145,7 @@ def saved(name: str, at: int) -> Any:
 
 
 def saved_fast(name: str, at: int) -> Any:
-    """The same and tokenizer.json; and what to build, if it is built anew."""
+    """The same plus tokenizer.json, with the settings that it was built with in tokenizer_config.json."""
     said = saved(name, at)
     prefix = "my-" if any(file.startswith("my-") for file in said) else ""
     if (config := said.get(f"{prefix}tokenizer_config.json")) is None:
@@ -164,7 +164,7 @@ def saved_fast(name: str, at: int) -> Any:
 
 
 def of_text_with_space(name: str, at: int) -> Any:
-    """What legacy=True gives: it means nothing in a text without special tokens, but for the fast class's slip."""
+    """For texts that begin with a space, the result of legacy=True, which only matters around special tokens."""
     _, args, _ = CASES[name][1][at]
     spaced = any(text.startswith((" ", "▁")) for text in args if isinstance(text, str))
     return fast("offsets/legacy" if spaced else name, at)
@@ -172,54 +172,54 @@ def of_text_with_space(name: str, at: int) -> Any:
 
 DIFFERENCES = [
     # Encoding
-    Difference("pairs/*", "tokenize *pair=*", "slow", "the second text is not passed over", fast),
-    Difference("around/*", "create_token_type_ids*", "fast", "special tokens have types, as the call gives them", slow),
-    Difference("around/*", "get_special_tokens_mask*", "fast", "the documents say it answers", slow),
-    Difference("prepare_for_model", "prepare_for_model *mask=True", "fast", "a special tokens mask can be had", slow),
-    Difference("pairs/*", "__call__ *", "fast", "an empty second text is one, with its BOS", slow),
-    Difference("padding-*", "*return_length=True", "fast", "padding is no part of a text's length", slow),
+    Difference("pairs/*", "tokenize *pair=*", "slow", "the second text is not ignored", fast),
+    Difference("around/*", "create_token_type_ids*", "fast", "special tokens get types, as in __call__", slow),
+    Difference("around/*", "get_special_tokens_mask*", "fast", "documented to return a mask", slow),
+    Difference("prepare_for_model", "prepare_for_model *mask=True", "fast", "the special tokens mask works", slow),
+    Difference("pairs/*", "__call__ *", "fast", "an empty second text counts, with its BOS", slow),
+    Difference("padding-*", "*return_length=True", "fast", "padding is not part of a text's length", slow),
     Difference("overflow/batch-*", "*return_length=True", "fast", "padding is not part of the text", text_lengths),
-    Difference("truncation*", "* max_length=1 *", "slow+fast", "special tokens alone are no reason to leave all", fast),
-    Difference("truncation*", "*truncation=longest_first", "fast", "the longer text loses, the first if equal", slow),
-    Difference("truncation*", "*truncation=True", "fast", "the longer text loses, the first if equal", slow),
+    Difference("truncation*", "* max_length=1 *", "slow+fast", "a text may be cut to special tokens alone", fast),
+    Difference("truncation*", "*truncation=longest_first", "fast", "the longer text is cut, the first on a tie", slow),
+    Difference("truncation*", "*truncation=True", "fast", "the longer text is cut, the first on a tie", slow),
     Difference("truncation*", "*truncation=only_*", "slow+fast", "what cannot be cut to max_length is refused", fast),
     Difference("overflow-*", "*pairs *truncation=True*", "slow+fast", "documented: say which to cut", refused),
     Difference("overflow-*", "*truncation=only_*", "slow", "what cannot be cut to max_length is refused", fast),
-    Difference("overflow*", "*", "slow", "no fewer than 0 tokens are cut off", counted),
+    Difference("overflow*", "*", "slow", "num_truncated_tokens is never negative", counted),
     Difference("post_processor", "__call__ Hello", "fast", "bos_token takes effect when it is set", slow),
-    Difference("split_special_tokens/made-new", "*", "fast", "the prefix stands before spaces too", slow),
-    Difference("tokenize/new", "*", "fast", "the prefix stands before spaces too", slow),
-    Difference("words/new", "*", "fast", "the prefix stands before spaces too", slow),
-    Difference("pickle/new", "__call__*", "fast", "the prefix stands before spaces too", slow),
-    Difference("save/*", "__call__ Hello <new>*", "fast", "an added token is found as it is written", slow),
-    Difference("save/new", "__call__*", "fast", "the prefix stands before spaces too", slow),
-    Difference("offsets/new", "*", "fast", "the prefix stands before spaces too", of_text_with_space),
+    Difference("split_special_tokens/made-new", "*", "fast", "the prefix is added before spaces too", slow),
+    Difference("tokenize/new", "*", "fast", "the prefix is added before spaces too", slow),
+    Difference("words/new", "*", "fast", "the prefix is added before spaces too", slow),
+    Difference("pickle/new", "__call__*", "fast", "the prefix is added before spaces too", slow),
+    Difference("save/*", "__call__ Hello <new>*", "fast", "an added token matches the text as written", slow),
+    Difference("save/new", "__call__*", "fast", "the prefix is added before spaces too", slow),
+    Difference("offsets/new", "*", "fast", "the prefix is added before spaces too", of_text_with_space),
     # Decoding
-    Difference("decode/*", "decode *", "slow+fast", "a text comes back as it was: see QUIRKS", texts_of_ids),
-    Difference("decode/*", "batch_decode *", "slow+fast", "a text comes back as it was: see QUIRKS", texts_of_ids),
+    Difference("decode/*", "decode *", "slow+fast", "decoding inverts encoding: see QUIRKS", texts_of_ids),
+    Difference("decode/*", "batch_decode *", "slow+fast", "decoding inverts encoding: see QUIRKS", texts_of_ids),
     Difference("convert", "convert_tokens_to_string *<s>*a'[]]", "slow+fast", "see QUIRKS: shifted", exactly("é<s>a")),
-    Difference("convert", "convert_tokens_to_string *", "slow+fast", "no tokens make no text", no_tokens),
+    Difference("convert", "convert_tokens_to_string *", "slow+fast", "no tokens give an empty text", no_tokens),
     # Added tokens
-    Difference("added/*", "add_tokens *", "fast", "a token that the model has is not counted as new", slow),
+    Difference("added/*", "add_tokens *", "fast", "a token already in the model does not count as new", slow),
     Difference("added/single_word-*", "roundtrip *", "slow+fast", "see whole_words", whole_words),
     Difference("added/single_word-*", "tokenize *", "slow+fast", "see whole_words", whole_words),
     Difference("added/word-*", "roundtrip *", "slow+fast", "see whole_words", whole_words),
-    Difference("added/*", "roundtrip *", "slow+fast", "a text comes back as it was: see QUIRKS", undone),
-    Difference("decode/*", "roundtrip *", "slow+fast", "a text comes back as it was: see QUIRKS", undone),
-    Difference("added/*", "tokenize *", "fast", "an added token is found as it is written, prefix or not", slow),
+    Difference("added/*", "roundtrip *", "slow+fast", "decoding inverts encoding: see QUIRKS", undone),
+    Difference("decode/*", "roundtrip *", "slow+fast", "decoding inverts encoding: see QUIRKS", undone),
+    Difference("added/*", "tokenize *", "fast", "an added token matches the text as written, prefix or not", slow),
     # Errors
-    Difference("convert", "*", "fast", "an id that no token has is refused", slow),
-    Difference("added/known-*", "convert_ids_to_tokens *", "fast", "an id that no token has is refused", slow),
-    Difference("errors", "__call__ *return_tensors=np", "slow+fast", "ragged rows make no array", refused),
-    Difference("errors", "set padding_side up", "slow+fast", "a wrong side is refused at once", refused),
+    Difference("convert", "*", "fast", "an id without a token is refused", slow),
+    Difference("added/known-*", "convert_ids_to_tokens *", "fast", "an id without a token is refused", slow),
+    Difference("errors", "__call__ *return_tensors=np", "slow+fast", "ragged rows do not fit into an array", refused),
+    Difference("errors", "set padding_side up", "slow+fast", "an invalid side is refused immediately", refused),
     Difference("errors", "apply_chat_template *", "slow+fast", "Llama's own template, as documented", conversation),
-    Difference("chat/*", "apply_chat_template *tools=[[]<function*", "slow+fast", "transformers 5 reads `|`", tooled),
+    Difference("chat/*", "apply_chat_template *tools=[[]<function*", "slow+fast", "transformers 5 knows `|`", tooled),
     # Files
-    Difference("save/*", "files *", "slow", "what has no value is not said", saved),
-    Difference("save/*", "files *", "fast", "what it was built from; what class obeys the file", saved_fast),
-    Difference("save/vocabulary", "save_vocabulary {dir}/absent*", "slow+fast", "no folder is an error", refused),
+    Difference("save/*", "files *", "slow", "values of None are omitted", saved),
+    Difference("save/*", "files *", "fast", "records its settings and a class that reads it as written", saved_fast),
+    Difference("save/vocabulary", "save_vocabulary {dir}/absent*", "slow+fast", "the folder must exist", refused),
 ]  # fmt: skip
-# What only the fast class has or does, each with its own answer there: no difference.
+# Where transformers' fast class is right to answer in its own way; our fast class matches it.
 FAST_ONLY: list[tuple[str, str]] = [
     ("attributes", "get padding_side"),
     ("attributes", "get is_fast"),
@@ -235,10 +235,10 @@ FAST_ONLY: list[tuple[str, str]] = [
     ("post_processor", "update_*"),
 ]
 
-# Which class of transformers both of ours equal, by what changes the ids of a text: the slow one, but not where it
+# Which of transformers' classes both of ours match: the slow one, except where that has a bug.
 ENCODES_AS = dict.fromkeys(cases.VARIANTS, "slow") | {
-    "legacy=True,add_prefix_space=False": "fast",  # forgets that no space is to be added: the documents say it counts
-    "legacy=False,add_prefix_space=False": "fast",  # drops the text's own space before a special token at the front
+    "legacy=True,add_prefix_space=False": "fast",  # slow ignores add_prefix_space, contrary to its documentation
+    "legacy=False,add_prefix_space=False": "fast",  # slow drops the text's own space before a leading special token
 }
 
 
@@ -272,7 +272,7 @@ def expected(kind: str, name: str, at: int) -> Any:
 
 
 def plain_decoding(name: str, at: int, quirks) -> Any:
-    """What decode or batch_decode gives with some of transformers' quirks."""
+    """The result of decode or batch_decode with the given QUIRKS."""
     make, (call, (ids,), kwargs) = CASES[name][0], CASES[name][1][at]
     ids = np.asarray(ids).tolist() if isinstance(ids, np.ndarray) else ids
     added = {number: tokenizer_slow.Added(token, True, False) for number, token in enumerate(["<unk>", "<s>", "</s>"])}
@@ -286,13 +286,13 @@ def plain_decoding(name: str, at: int, quirks) -> Any:
 
 
 def round_trip(name: str, at: int, quirks, ids: list[int] | None = None) -> list:
-    """The ids of a text, and the texts that decoding makes of them with some of transformers' quirks."""
+    """The ids of a text, followed by what they decode to with the given QUIRKS."""
     make, steps = CASES[name]
     variant = f"legacy={make['legacy']},add_prefix_space={make['add_prefix_space']}"
     ids = ids or theirs(name, at)[0 if quirks else ENCODES_AS[variant] == "fast"][0]
     added = {number: tokenizer_slow.Added(*rest) for number, *rest in theirs(name, len(steps) - 1)[0]}
     options = dict(legacy=make["legacy"], prefix=make["add_prefix_space"], quirks=quirks)
-    # transformers' slow class forgets its own spaces_between_special_tokens=False where decode is told nothing
+    # unless decode is given the option, transformers' slow class ignores its spaces_between_special_tokens=False
     unsaid = bool(quirks)
     return [ids] + [
         tokenizer_slow.decoded(ids, pieces(), added, skip=skip, spaces=spaces, **options)
@@ -306,7 +306,7 @@ def pieces():
 
 
 def agree(ours: Any, wanted: Any) -> bool:
-    """An error is as good as theirs if it is of the same kind, or a ValueError."""
+    """Whether the results are equal; where an error is wanted, the same type or a ValueError will do."""
     if isinstance(wanted, dict) and "raises" in wanted:
         return isinstance(ours, dict) and ours.get("raises") in (wanted["raises"], "ValueError")
     return ours == wanted
@@ -328,7 +328,7 @@ def test_each_call_gives_what_transformers_gives(name, kind, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, (_, steps) in CASES.items() if ("added", (), {}) in steps])
 def test_the_quirks_are_those_of_transformers(name):
-    """With all QUIRKS the description of decoding is exact, so ours differs by them and by nothing else."""
+    """With all QUIRKS, tokenizer_slow reproduces transformers exactly, so ours differs by them alone."""
     for at, step in enumerate(CASES[name][1]):
         if step[0] == "roundtrip":
             assert round_trip(name, at, tokenizer_slow.QUIRKS) == theirs(name, at)[0]
@@ -433,7 +433,7 @@ ADDED |= {cases.ROWS["size"] - 4 + at: (token.content, token.special, True) for 
 
 
 def described(variant: str, options: dict, quirks) -> list[str]:
-    """The texts of all rows of ids."""
+    """All rows of ids, decoded with the given QUIRKS."""
     make, added = cases.VARIANTS[variant], {number: tokenizer_slow.Added(*said) for number, said in ADDED.items()}
     skip, clean, spaces = options.values()
     more = dict(legacy=make["legacy"], prefix=make["add_prefix_space"], skip=skip, spaces=spaces, quirks=quirks)
@@ -490,7 +490,7 @@ def test_slow_and_fast_are_the_same_on_every_line():
 
 
 def test_transformers_disagrees_with_itself():
-    """Why there is a choice to make: how many lines its two classes cut differently, and how many version 5 does."""
+    """Why we have to choose: its two classes split many lines differently, and version 5 differs from both."""
     count = cases.LINES["count"]
     differing = {
         variant: sum(cases.unpack(gave["fast"]["differs"], count))
@@ -498,7 +498,7 @@ def test_transformers_disagrees_with_itself():
     }
     legacy, ignored, new, kept = differing.values()
     assert legacy == 0  # the default: there they agree
-    assert ignored > 0.99 * count  # slow forgets add_prefix_space
+    assert ignored > 0.99 * count  # slow ignores add_prefix_space
     assert new > 0.4 * count  # fast adds no prefix where the text begins with a space
     assert 0 < kept < 0.01 * count  # slow drops a space of the text's own before a special token
     five = golden("five")["encode"]["tokenizer.model"]["chosen"]
@@ -513,7 +513,7 @@ def test_the_models_are_of_llamas_kind():
         trainer, normalizer = (
             {number: value for number, value, _ in sentencepiece_models.fields(settings[part])} for part in (2, 3)
         )
-        # BPE, digits split, pieces of spaces alone, bytes; identity, the prefix by default, spaces kept
+        # BPE, split digits, whitespace-only pieces, byte fallback; identity, the default prefix, spaces kept
         assert [trainer[number] for number in (3, 25, 26, 35)] == [2, 1, 1, 1]
         assert (normalizer[1], normalizer.get(3, 1), normalizer[4]) == (b"identity", 1, 0)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -524,13 +524,13 @@ def test_the_models_are_of_llamas_kind():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A tokenizer.json is obeyed as it is written
+# A tokenizer.json is followed as written
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The tokenizer.json files that transformers 4.46 made of the model, by what made them."""
+    """The tokenizer.json files that transformers 4.46 made from the model, by variant."""
     folder = tmp_path_factory.mktemp("json")
     content, paths = golden("json"), {}
     for number, (variant, rest) in enumerate(content["variants"].items()):
@@ -563,7 +563,7 @@ TEXTS = st.lists(PARTS, max_size=8).map("".join)
 
 @pytest.fixture(scope="module")
 def pairs_of_tokenizers(written):
-    """(ours, transformers 5's) of the same file: its general class obeys the file, its LLaMA class does not."""
+    """(ours, transformers 5's) for each file; its general class follows the file, its LLaMA class does not."""
     made = []
     for path in written.values():
         ours = llama.LlamaTokenizerFast(tokenizer_file=str(path), pad_token="</s>", padding_side="right")
@@ -605,7 +605,7 @@ def test_a_call_gives_what_transformers_5_gives_for_the_same_file(
     seconds = seconds if paired else None
     try:
         library = library(firsts, seconds, **options)
-    except Exception:  # it cannot be cut to max_length
+    except Exception:  # the text cannot be cut to max_length
         with pytest.raises(ValueError, match=r"max_length|stride"):
             ours(firsts, seconds, **options)
         return
@@ -659,7 +659,7 @@ def test_a_conversation_is_written_as_transformers_5_writes_it(pairs_of_tokenize
 
 @pytest.fixture(scope="session")
 def real_model():
-    """The file of a model with 32,000 pieces, fetched once."""
+    """The file of a model with 32,000 pieces, downloaded once."""
     return sentencepiece_models.fetched()
 
 
@@ -697,7 +697,7 @@ def test_slow_and_fast_are_the_same_with_a_real_model(real_model, variant):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_long_runs_of_spaces_come_back_whole(real_model, kind):
-    """transformers' slow class gives the sign of a space, ▁, where a run without its first space is no piece."""
+    """transformers' slow class decodes to a literal ▁ where a run minus its first space is not a piece."""
     made = CLASSES[kind](vocab_file=str(real_model), legacy=False)
     for length in range(1, 40):
         for text in (" " * length, " " * length + "x", "x" + " " * length + "x"):

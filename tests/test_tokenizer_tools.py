@@ -1,4 +1,4 @@
-"""Python functions as tools have the schemas that transformers makes of them."""
+"""Python functions passed as tools get the same JSON schemas as in transformers."""
 
 import json
 from enum import Enum

@@ -1,4 +1,4 @@
-"""`llama verify` finds a wrong backend, and lets a right one pass."""
+"""`llama verify` passes a correct backend and fails a wrong one."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def test_a_right_backend_passes_in_every_dtype(folder):
         report = verify(open_checkpoint(folder), dtype=dtype)
         assert report.passed
         assert report.relative.shape == (2, FIELDS["num_hidden_layers"] + 2)
-        assert (report.largest[:, 1:] > 0).all()  # something was compared, and the two are not one and the same
+        assert (report.largest[:, 1:] > 0).all()  # two different computations were compared
 
 
 def test_the_command_shows_every_layer_and_exits_0(folder):
@@ -45,12 +45,12 @@ def test_a_wrong_layer_is_found_where_it_is(folder, monkeypatch):
 
     def wrong(*args):
         calls.append(0)
-        return right(*args) * (1.01 if len(calls) % 5 == 3 else 1)  # the second layer's first, of five
+        return right(*args) * (1.01 if len(calls) % 5 == 3 else 1)  # of five calls, the second layer's first
 
     monkeypatch.setattr(ops, "rms_norm", wrong)
     report = verify(open_checkpoint(folder), prompts=("one",))
     assert not report.passed
-    assert report.relative[0, :2].max() < 1e-5  # what goes into the two layers
+    assert report.relative[0, :2].max() < 1e-5  # the inputs of the two layers
     assert report.relative[0, 2] > 1e-4
     assert "BEYOND the budget" in list(report.lines())[-1]
 

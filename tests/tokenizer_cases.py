@@ -1,4 +1,4 @@
-"""Calls to a tokenizer, by name, and what they give as JSON: the same for transformers' classes and for ours."""
+"""Named sequences of tokenizer calls, and their results as JSON, for both transformers' classes and ours."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from tokenizer_texts import chosen
 from tokenizers import AddedToken
 
-# What changes the ids of a text itself; add_bos_token and add_eos_token only go around them.
+# Options that change the ids of a text itself; add_bos_token and add_eos_token only add ids around them.
 VARIANTS = {
     f"legacy={legacy},add_prefix_space={prefix}": {"legacy": legacy, "add_prefix_space": prefix}
     for legacy, prefix in product([True, False], [True, False])
@@ -22,7 +22,7 @@ VARIANTS = {
 DEFAULT = {"legacy": True, "add_prefix_space": True}
 NEW = {"legacy": False, "add_prefix_space": True}
 LINES = {"seed": 1, "count": 20_000}
-AROUND = 2_000  # of these lines go through every setting of add_bos_token and add_eos_token
+AROUND = 2_000  # of these lines are run with every combination of add_bos_token and add_eos_token
 ROWS = {"seed": 2, "count": 1_500, "size": 2_004}  # the last four are ids of ADDED
 ADDED = [
     AddedToken("<new>"),
@@ -92,7 +92,7 @@ def step(name: str, *args: Any, **kwargs: Any) -> tuple:
 
 
 def cases() -> dict[str, tuple[dict, list[tuple]]]:
-    """Each with what the constructor is told and the steps that follow, on one tokenizer."""
+    """The constructor arguments of each case, and the steps to run on that tokenizer."""
     made: dict[str, tuple[dict, list[tuple]]] = {}
 
     def case(name: str, *steps: tuple, **make: Any) -> None:
@@ -104,7 +104,7 @@ def cases() -> dict[str, tuple[dict, list[tuple]]]:
     padded = {"pad_token": "</s>"}
     legacies = [("legacy", DEFAULT), ("new", NEW)]
 
-    # Who it is
+    # Attributes
     case(
         "attributes",
         *[step("get", name) for name in split("bos_token eos_token unk_token pad_token bos_token_id eos_token_id")],
@@ -206,7 +206,7 @@ def cases() -> dict[str, tuple[dict, list[tuple]]]:
             **make,
         )
 
-    # Around the text
+    # BOS and EOS
     for bos, eos in product([True, False], repeat=2):
         case(
             f"around/bos={bos},eos={eos}",
@@ -495,7 +495,7 @@ def cases() -> dict[str, tuple[dict, list[tuple]]]:
         step("files", "{dir}/p"),
     )
 
-    # What only the fast class knows
+    # Fast class only
     for title, make in legacies:
         offsets = ["Hello world", " Hello", "  Hello", "a  b", "é生😀x", "<s>a <s> b", "", "\n x", "▁a", "e\u0301 🇰🇷"]
         case(
@@ -530,7 +530,7 @@ def cases() -> dict[str, tuple[dict, list[tuple]]]:
 
 
 def plain(value: Any, folder: str = "") -> Any:
-    """`value` as JSON has it, with the same name for what transformers and we call differently."""
+    """Convert `value` to JSON types, the same for transformers' objects and ours."""
     if isinstance(value, AddedToken):
         flags = ["single_word", "lstrip", "rstrip", "normalized", "special"]
         return {"content": value.content} | {name: getattr(value, name) for name in flags}
@@ -554,7 +554,7 @@ def plain(value: Any, folder: str = "") -> Any:
 
 
 def files(folder: Path) -> dict:
-    """The names of the files there; what the JSON says, but of a tokenizer.json the keys; checksums of the rest."""
+    """The files in a folder by name: JSON contents, but only the keys of a tokenizer.json; checksums of the rest."""
     said: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith("tokenizer.json"):
@@ -567,7 +567,7 @@ def files(folder: Path) -> dict:
 
 
 def encoding(tokenizer, args, kwargs) -> dict:
-    """All that a fast tokenizer knows of where its tokens come from."""
+    """Everything a fast tokenizer reports about where its tokens come from."""
     batch = tokenizer(*args, **kwargs)
     text = args[0] if isinstance(args[0], str) else ""
     return {
@@ -581,7 +581,7 @@ def encoding(tokenizer, args, kwargs) -> dict:
 
 
 def added(tokenizer) -> list:
-    """The number of each token that stands for itself, and what tokenizer_slow.Added says of it."""
+    """The id of each added token, followed by the fields of tokenizer_slow.Added."""
     special, more = tokenizer.all_special_tokens, tokenizer.additional_special_tokens
     said = []
     for number, token in tokenizer.added_tokens_decoder.items():
@@ -609,7 +609,7 @@ def take(tokenizer, name: str, args: tuple, kwargs: dict):
             tokenizer.decode(ids, spaces_between_special_tokens=False),
             tokenizer.decode(ids, skip_special_tokens=True, spaces_between_special_tokens=False),
         ]
-    if name == "save_pretrained":  # what it names and writes; transformers also names what it does not write
+    if name == "save_pretrained":  # transformers also returns files that it does not write
         return sorted(path for path in tokenizer.save_pretrained(*args, **kwargs) if Path(path).exists())
     if name == "added":
         return added(tokenizer)
@@ -623,7 +623,7 @@ def take(tokenizer, name: str, args: tuple, kwargs: dict):
 
 
 def run(make_tokenizer, make: dict, steps: list[tuple], folder: Path) -> list:
-    """What each step gives; an error is a result too."""
+    """The result of each step; an exception is a result too."""
     tokenizer = make_tokenizer(**make)
     given: list[Any] = []
     for name, args, kwargs in steps:
@@ -650,7 +650,7 @@ def digest(value: Any) -> str:
 
 
 def marks(results: list) -> str:
-    """Two bytes for each result: enough to say which differs. `blocks` is what proves that none does."""
+    """Two bytes per result, enough to show which ones differ; `blocks` proves that none do."""
     return base64.b64encode(bytes.fromhex("".join(digest(result)[:4] for result in results))).decode()
 
 
@@ -667,7 +667,7 @@ def unpack(bits: str, count: int) -> list[bool]:
 
 
 def strays(results: list, golden: dict) -> list[int]:
-    """Which results are not those of the golden `marks` and `blocks`."""
+    """Indices of results whose golden `marks` differ or, if none do, the starts of `blocks` that differ."""
     theirs, ours = base64.b64decode(golden["marks"]), base64.b64decode(marks(results))
     differing = [at for at in range(len(results)) if theirs[2 * at : 2 * at + 2] != ours[2 * at : 2 * at + 2]]
     if not differing and blocks(results) != golden["blocks"]:

@@ -1,26 +1,26 @@
-"""How transformers' slow LlamaTokenizer makes text of ids, and what of that does not undo the encoding."""
+"""How transformers' slow LlamaTokenizer decodes ids, and where that does not invert encoding."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
-# Each of these loses or adds spaces. Ours does none of them.
+# Each of these loses or adds spaces; our tokenizers have none of them.
 QUIRKS = {
-    "twice": "legacy=True takes a second space off the front, SentencePiece's after its own; encoding put one there",
-    "unasked": "legacy=True takes a space off where add_prefix_space=False has put none",
-    "shifted": "legacy=True puts a space before the text between special tokens, and none before their first",
+    "twice": "legacy=True strips two leading spaces, its own and SentencePiece's, though encoding added one",
+    "unasked": "legacy=True strips a leading space though add_prefix_space=False added none",
+    "shifted": "legacy=True puts the space due before a special token in front of the text that precedes it",
     "first": "a special token at the front is followed by a space, though none was encoded",
-    "stripped": "legacy=False takes a space off after an added token, though it has put none there",
-    "trailing": "spaces_between_special_tokens=True ends in a space where an added token is followed by no text",
+    "stripped": "legacy=False strips a space after an added token, though encoding added none there",
+    "trailing": "spaces_between_special_tokens=True ends in a space if the last ids decode to no text",
 }
 
 
 class Added(NamedTuple):
-    """A token that stands for itself."""
+    """A token that decodes to its own content."""
 
     content: str
     special: bool
-    apart: bool  # spaces_between_special_tokens is about it: all but bos_token, eos_token and the like
+    apart: bool  # subject to spaces_between_special_tokens: all but bos_token, eos_token and the like
 
 
 def decoded(
@@ -34,10 +34,10 @@ def decoded(
     spaces: bool = False,
     quirks: Collection[str] = QUIRKS,
 ) -> str:
-    """The text of `ids` with some of the QUIRKS; with all of them it is what transformers gives."""
+    """Decode `ids` with the given QUIRKS; with all of them, the result is that of transformers."""
     parts: list[str] = []
     segment: list[int] = []
-    touched = True  # whether encoding put a space at the front of this segment, or decoding is to put some around it
+    touched = True  # whether encoding prefixed this segment with a space, or decoding separates it with spaces
 
     def text_of_segment() -> str:
         return _text(segment, pieces, added, legacy, prefix, prefix and (touched or "stripped" in quirks), quirks)
@@ -102,7 +102,7 @@ def _is_character(data: bytes) -> bool:
 
 
 def cleaned(text: str) -> str:
-    """The text without the spaces that clean_up_tokenization_spaces takes out."""
+    """Remove the spaces that clean_up_tokenization_spaces removes."""
     for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(spaced, spaced.strip())
     return text

@@ -44,7 +44,7 @@ EMOJI = [
     "\u200d",
     "🇦",
 ]
-# Controls, kinds of space, and characters that mean something to whoever handles text.
+# Control characters, kinds of space, and characters with special meanings in text processing.
 CONTROLS = (
     "\0\x01\x07\b\t\n\v\f\r\x1b\x1f\x7f\x80\x85\xa0\xad\u1680\u2000\u2003\u200b\u2028\u2029\u202f\u205f\u2060\u3000"
 )
@@ -144,7 +144,7 @@ def special(draw: Draw) -> str:
 
 
 def soup(draw: Draw) -> str:
-    """Any characters at all: of one plane of Unicode or of several."""
+    """Arbitrary characters from all of Unicode, the lower ranges more often."""
     stops = [0x80, 0x250, 0x2E80, 0xD800, 0x110000]
     text = ""
     for _ in range(1 + draw.below(12)):
@@ -167,7 +167,7 @@ KINDS = [english, code, foreign, emoji, spaces, controls, special, soup, punctua
 
 
 def lines(seed: int, count: int) -> list[str]:
-    """`count` texts, the kinds in turn; some hold newlines, and some begin or end with spaces."""
+    """`count` texts, cycling through KINDS; some contain newlines, and some begin or end with spaces."""
     draw = Draw(seed)
     drawn = []
     for number in range(count):
@@ -177,14 +177,14 @@ def lines(seed: int, count: int) -> list[str]:
 
 
 def corpus(seed: int = 0, count: int = 6000) -> list[str]:
-    """What a model is trained on: lines without special tokens and controls, which it would learn to cut up."""
+    """Lines to train a model on, without special tokens and controls, which it would learn to split."""
     draw = Draw(seed)
     kinds = [english, english, code, code, foreign, emoji, punctuated]
     return [part for number in range(count) for part in kinds[number % len(kinds)](draw).split("\n") if part.strip()]
 
 
 def id_rows(seed: int, count: int, size: int) -> list[list[int]]:
-    """Ids in any order, bytes of broken UTF-8 and the first and last few more often than by chance."""
+    """Random ids, with bytes of invalid UTF-8 and the first and last few ids over-represented."""
     draw = Draw(seed)
     rows = []
     for _ in range(count):
@@ -204,7 +204,7 @@ def id_rows(seed: int, count: int, size: int) -> list[list[int]]:
 
 
 def chosen() -> list[str]:
-    """The texts whose ids are kept whole: those of transformers' own tests and issues, and every edge near them."""
+    """Texts whose ids the goldens hold in full: those of transformers' tests and issues, and edge cases near them."""
     texts = [
         *["", " ", "  ", "   ", " " * 15, " " * 16, " " * 17, " " * 33, "\n", "\n\n", "\t", "\r\n", " \n ", "\0"],
         *[
