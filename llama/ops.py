@@ -139,7 +139,7 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def linears(modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[torch.Tensor]:
     """`module(x)` for each module.
 
-    Inside `rows_for_numpy`, a single row goes through NumPy, whose BLAS reads the weights at least 1.5 times as fast as
+    Inside `rows_for_numpy`, a single row goes through NumPy, whose BLAS reads the weights at least 1.4 times as fast as
     PyTorch's (NOTES.md). Anything but a plain nn.Linear (an adapter, a quantised layer, one with hooks) is just called.
     """
     if not (_rows.active and _is_row(x)):

@@ -71,6 +71,7 @@ KILLER = """
             convert(source, place / str(fatal), **options)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
+        assert status == 0 or os.WIFSIGNALED(status), "the conversion itself failed"
     print(fatal)
 """
 
@@ -112,6 +113,7 @@ def test_killed_at_random_moments_it_goes_on(tmp_path, source):
         child.kill()
         if child.wait() == 0:
             break
+        assert child.returncode == -signal.SIGKILL
         kills += 1
         lock.unlink(missing_ok=True)
         assert not looks_finished(out) or not list(out.glob("*.partial"))
@@ -183,7 +185,7 @@ def test_ctrl_c_says_how_it_goes_on(tmp_path, source):
     run = "import sys; from llama.cli import main; sys.argv[0] = 'llama'; main()"
     command = [sys.executable, "-c", slow + run, "convert", source, tmp_path / "out"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out" / "conversion.json").exists():
+    while not (tmp_path / "out" / "conversion.json").exists() and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     said = child.communicate()[1]
