@@ -74,8 +74,8 @@ def block_range(first, last, S, BLOCK_K: gl.constexpr):
 @gluon.jit
 def plain_blocks(begin, end, latest, until, BLOCK_K: gl.constexpr):
     """Return the blocks [low, high) that need no mask: all queries see the keys [latest, until)."""
-    low = (max(min(latest, end) - begin, 0) + BLOCK_K - 1) // BLOCK_K
-    high = max(min(until, end) - begin, 0) // BLOCK_K
+    low = (max(min(latest, end), begin) - begin + BLOCK_K - 1) // BLOCK_K
+    high = (max(min(until, end), begin) - begin) // BLOCK_K
     return low, high
 
 
