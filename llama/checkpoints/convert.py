@@ -119,12 +119,12 @@ def convert(
         | ({"num_shards": num_shards} if to == "meta" else {"max_shard_size": size_in_bytes(max_shard_size)}),
         "source": _identity(source),
     }
-    if isinstance(source, MetaFolder) and to == "huggingface":
+    if to == "meta":
+        made[CONTEXT] = Config.from_dict(dict(config)).max_position_embeddings
+    elif isinstance(source, MetaFolder):
         made["settings"]["llama_version"] = source.version
         if source.version not in ("1", "2"):
             made["settings"]["instruct"] = source.instruct
-    if to == "meta":
-        made[CONTEXT] = Config.from_dict(dict(config)).max_position_embeddings
     with _locked(out):
         finished, stale = _look(out, made, force, planned, side)
         if isinstance(source, MetaFolder) and len(finished) < len(planned):
